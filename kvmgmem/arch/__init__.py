@@ -1,0 +1,1 @@
+"""What only one architecture has: vCPU set-up, guest programs, register names."""

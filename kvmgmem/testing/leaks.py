@@ -1,0 +1,80 @@
+"""What a test left behind in its own process: descriptors, threads, mappings of KVM objects, gmem pages behind them."""
+
+import gc
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from kvmgmem import syscalls
+from kvmgmem.errors import KvmError
+
+FD_DIRECTORY = Path("/proc/self/fd")
+KVM_MAPPINGS = ("kvm-vcpu", "kvm-vm", "kvm-gmem")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A process's descriptors (number to /proc link text), number of threads, and mappings of KVM objects."""
+
+    fds: dict[int, str]
+    threads: int
+    mappings: tuple[str, ...]
+
+    @classmethod
+    def take(cls) -> "Snapshot":
+        """What this process holds now."""
+        return cls(_fds(), psutil.Process().num_threads(), _kvm_mappings())
+
+
+def _fds() -> dict[int, str]:
+    found: dict[int, str] = {}
+    for name in os.listdir(FD_DIRECTORY):
+        try:
+            found[int(name)] = os.readlink(FD_DIRECTORY / name)
+        except OSError:
+            continue  # the descriptor of the listing itself
+    return found
+
+
+def _kvm_mappings() -> tuple[str, ...]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return tuple(line.split(maxsplit=5)[5] for line in lines if any(name in line for name in KVM_MAPPINGS))
+
+
+def left_behind(before: Snapshot) -> list[str]:
+    """What is there now and was not `before`, a line each; objects that only wait for the garbage collector do not count."""
+    after = Snapshot.take()
+    if after == before:
+        return []
+    gc.collect()
+    after = Snapshot.take()
+    return [*_new_fds(before, after), *_new_threads(before, after), *_new_mappings(before, after)]
+
+
+def _new_fds(before: Snapshot, after: Snapshot) -> list[str]:
+    new = {number: text for number, text in after.fds.items() if before.fds.get(number) != text}
+    return [f"descriptor {number}: {text}{_pages_of(number, text)}" for number, text in sorted(new.items())]
+
+
+def _pages_of(number: int, text: str) -> str:
+    if "kvm-gmem" not in text:
+        return ""
+    try:
+        return f" with {syscalls.cachestat(number, 0, 0)} allocated pages"
+    except KvmError:
+        return ""
+
+
+def _new_threads(before: Snapshot, after: Snapshot) -> list[str]:
+    extra = after.threads - before.threads
+    return [f"{extra} thread{'s' if extra > 1 else ''}"] if extra > 0 else []
+
+
+def _new_mappings(before: Snapshot, after: Snapshot) -> list[str]:
+    left = list(after.mappings)
+    for name in before.mappings:
+        if name in left:
+            left.remove(name)
+    return [f"mapping of {name}" for name in left]

@@ -1,0 +1,144 @@
+"""When a VM really dies: KVM's own uevents, read by a process of its own, and debugfs where it is mounted.
+
+KVM announces every VM with `EVENT=create` and its death with `EVENT=destroy`, `PID=` of its creator and `COUNT=` of those
+that live (virt/kvm/kvm_main.c, kvm_uevent_notify_change). The watcher is a process and not a thread, because the runner
+forks for every test, and because importing pyroute2 takes a second under emulation that nobody then waits for.
+"""
+
+import contextlib
+import json
+import os
+import select
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvmgmem.host import DEBUGFS
+from kvmgmem.testing.waiting import TIME_SCALE
+
+READY_LIMIT = 20.0
+GONE_LIMIT = 3.0
+
+
+class WatchError(Exception):
+    """The watch on VM lifetimes does not work; the message says why."""
+
+
+@dataclass
+class _Census:
+    """The living VMs of this run: `pid-fd` as in STATS_PATH, or the PID alone without debugfs, to how many."""
+
+    alive: dict[str, int] = field(default_factory=dict)
+    count: int = 0
+
+    def note(self, event: dict[str, str]) -> None:
+        self.count = int(event.get("COUNT", 0))
+        pid = event.get("PID", "")
+        change = {"create": 1, "destroy": -1}.get(event.get("EVENT", ""), 0)
+        self.alive[pid] = self.alive.get(pid, 0) + change
+        if self.alive[pid] <= 0:
+            del self.alive[pid]
+
+
+class LifetimeWatch:
+    """The runner's side: ask the watcher which VMs of which processes live."""
+
+    def __init__(self) -> None:
+        to_watcher, self._ask = os.pipe()
+        self._hear, from_watcher = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._ask)
+            os.close(self._hear)
+            _serve(to_watcher, from_watcher)
+        os.close(to_watcher)
+        os.close(from_watcher)
+        self._buffer = b""
+        self._ready = False
+
+    def wait_ready(self) -> None:
+        """Wait until the watcher listens; raises `WatchError` with its reason if it cannot."""
+        if not self._ready:
+            answer = self._line(READY_LIMIT * TIME_SCALE)
+            if answer.get("error"):
+                raise WatchError(str(answer["error"]))
+            self._ready = True
+
+    def alive(self) -> dict[int, int]:
+        """The living VMs made since the watch began, by creator's PID; every event sent so far is in it."""
+        self.wait_ready()
+        os.write(self._ask, b"?")
+        answer = self._line(10 * TIME_SCALE)
+        if answer.get("error"):
+            raise WatchError(str(answer["error"]))
+        return {int(pid): count for pid, count in answer["alive"].items()}
+
+    def _line(self, limit: float) -> dict[str, Any]:
+        deadline = time.monotonic() + limit
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([self._hear], [], [], max(0.0, deadline - time.monotonic()))
+            data = os.read(self._hear, 65536) if ready else b""
+            if not data:
+                raise WatchError("the process that reads KVM's uevents " + ("died" if ready else "does not answer"))
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the watcher."""
+        os.close(self._ask)
+        os.close(self._hear)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+
+def _serve(questions: int, answers: int) -> None:
+    """The watcher's side; never returns."""
+    try:
+        _watch(questions, answers)
+    except BaseException as error:
+        message = json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n"
+        with contextlib.suppress(OSError):
+            os.write(answers, message.encode())
+    os._exit(0)
+
+
+def _watch(questions: int, answers: int) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's business; it ends us by closing the pipe
+    from pyroute2.netlink.uevent import UeventSocket
+
+    census = _Census()
+    uevents = UeventSocket()
+    uevents.bind(groups=1)  # the kernel's own events, not udev's copies
+    poller = select.poll()
+    poller.register(uevents.fileno(), select.POLLIN)
+    poller.register(questions, select.POLLIN)
+    os.write(answers, b'{"ready": true}\n')
+    while True:
+        ready = {fd for fd, _ in poller.poll()}
+        # Events first, until there are none: a question is answered with everything that happened before it.
+        while uevents.fileno() in ready or select.select([uevents.fileno()], [], [], 0)[0]:
+            for event in uevents.get():
+                if event.get("DEVPATH") == "/devices/virtual/misc/kvm" and "EVENT" in event:
+                    census.note(event)
+            ready.discard(uevents.fileno())
+        if questions in ready:
+            if not os.read(questions, 1):
+                os._exit(0)
+            os.write(answers, json.dumps({"alive": census.alive, "count": census.count}).encode() + b"\n")
+
+
+def debugfs_vms(pids: set[int]) -> list[str]:
+    """The VMs of these processes that debugfs lists, as `pid-fd`; none where debugfs cannot be read."""
+    directory = Path(DEBUGFS / "kvm")
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    return [
+        name for name in names if "-" in name and name.partition("-")[0].isdigit() and int(name.partition("-")[0]) in pids
+    ]

@@ -1,0 +1,194 @@
+"""Requirements: named facts about a kernel that some tests need, each with the sentence that says what is missing."""
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from _pytest.outcomes import Skipped
+
+from kvmgmem import host as host_facts
+from kvmgmem.abi import Cap, VmType
+from kvmgmem.errors import HarnessError
+from kvmgmem.exit_codes import ExitCode
+from kvmgmem.host import Host
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A name, the test of a host, and the skip reason if the host lacks it."""
+
+    name: str
+    met: Callable[[Host], bool]
+    missing: str
+
+
+def _offers(vm_type: VmType) -> Callable[[Host], bool]:
+    return lambda host: host.offers(vm_type)
+
+
+def _cap(cap: Cap) -> Callable[[Host], bool]:
+    return lambda host: bool(host.caps[cap.name])
+
+
+def _vm_cap(cap: Cap) -> Callable[[Host], bool]:
+    def met(host: Host) -> bool:
+        scope = host.scope(VmType.DEFAULT)
+        return scope is not None and bool(scope.caps[cap.name])
+
+    return met
+
+
+def _memory_failure(_: Host) -> bool:
+    return Path("/proc/sys/vm/memory_failure_early_kill").exists()
+
+
+def _cgroup(_: Host) -> bool:
+    return any(line.split() and line.split()[0] == "memory" for line in _text("/proc/cgroups").splitlines())
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _modular(host: Host) -> bool:
+    return (host_facts.MODULES / host.backend / "refcnt").exists()
+
+
+_ALL = [
+    Requirement(
+        "guest-memfd",
+        lambda host: bool(host.caps[Cap.GUEST_MEMFD.name]),
+        "this kernel has no guest_memfd (KVM_CAP_GUEST_MEMFD is 0; Linux 6.8 with CONFIG_KVM_GUEST_MEMFD has it)",
+    ),
+    Requirement(
+        "default-vm",
+        _vm_cap(Cap.GUEST_MEMFD),
+        "VMs of the default type have no guest_memfd on this kernel (KVM_CAP_GUEST_MEMFD is 0 for them; 1 since 6.18)",
+    ),
+    Requirement(
+        "sw-protected",
+        _offers(VmType.SW_PROTECTED),
+        "this KVM offers no software-protected VM (bit 1 of KVM_CAP_VM_TYPES: CONFIG_KVM_SW_PROTECTED_VM and the TDP MMU)",
+    ),
+    Requirement("sev", _offers(VmType.SEV), "this KVM offers no SEV VM (bit 2 of KVM_CAP_VM_TYPES)"),
+    Requirement("sev-es", _offers(VmType.SEV_ES), "this KVM offers no SEV-ES VM (bit 3 of KVM_CAP_VM_TYPES)"),
+    Requirement("snp", _offers(VmType.SNP), "this KVM offers no SEV-SNP VM (bit 4 of KVM_CAP_VM_TYPES)"),
+    Requirement("tdx", _offers(VmType.TDX), "this KVM offers no TDX VM (bit 5 of KVM_CAP_VM_TYPES)"),
+    Requirement("tdp", lambda host: host.paging == "tdp", "this KVM uses shadow paging, not EPT or NPT"),
+    Requirement("shadow", lambda host: host.paging == "shadow", "this KVM uses EPT or NPT, not shadow paging"),
+    Requirement("smm", _cap(Cap.X86_SMM), "this KVM has no system management mode (KVM_CAP_X86_SMM is 0: CONFIG_KVM_SMM)"),
+    Requirement(
+        "attributes",
+        _cap(Cap.MEMORY_ATTRIBUTES),
+        "this KVM has no memory attributes (KVM_CAP_MEMORY_ATTRIBUTES is 0: CONFIG_KVM_GENERIC_MEMORY_ATTRIBUTES)",
+    ),
+    Requirement(
+        "no-attributes",
+        lambda host: not host.caps[Cap.MEMORY_ATTRIBUTES.name],
+        "this KVM has memory attributes, the row is about kernels without",
+    ),
+    Requirement("prefault", _vm_cap(Cap.PRE_FAULT_MEMORY), "this KVM cannot prefault (KVM_CAP_PRE_FAULT_MEMORY is 0)"),
+    Requirement("dirty-ring", _cap(Cap.DIRTY_LOG_RING), "this KVM has no dirty ring (KVM_CAP_DIRTY_LOG_RING is 0)"),
+    Requirement("x86", lambda host: host.machine == "x86_64", "the row is about x86-64"),
+    Requirement("amd", lambda host: host.backend == "kvm_amd", "the row is about kvm_amd"),
+    Requirement("intel", lambda host: host.backend == "kvm_intel", "the row is about kvm_intel"),
+    Requirement(
+        "hardware-mode",
+        lambda host: host.backend != "kvm_pvm",
+        "kvm_pvm emulates guest code above CPL 3, the row needs it to run natively",
+    ),
+    Requirement("root", lambda host: host.root, "needs root (CAP_SYS_ADMIN)"),
+    Requirement(
+        "debugfs",
+        lambda _: (host_facts.DEBUGFS / "kvm").is_dir() and os.access(host_facts.DEBUGFS / "kvm", os.R_OK),
+        "debugfs is not mounted or not readable (it needs root and CONFIG_DEBUG_FS)",
+    ),
+    Requirement("two-nodes", lambda host: host.nodes > 1, "needs two NUMA nodes with memory"),
+    Requirement(
+        "memory-failure",
+        _memory_failure,
+        "this kernel cannot poison memory (CONFIG_MEMORY_FAILURE, which needs CONFIG_X86_MCE)",
+    ),
+    Requirement(
+        "no-memory-failure",
+        lambda host: not _memory_failure(host),
+        "this kernel can poison memory, the row is about kernels that cannot",
+    ),
+    Requirement("memcg", _cgroup, "this kernel has no memory cgroups (CONFIG_MEMCG)"),
+    Requirement(
+        "fault-injection",
+        lambda _: Path("/proc/self/fail-nth").exists(),
+        "this kernel cannot inject failures (/proc/self/fail-nth: CONFIG_FAULT_INJECTION)",
+    ),
+    Requirement("modules", _modular, "KVM's vendor module is built in, the row is about modules"),
+    Requirement(
+        "io-uring",
+        lambda _: _text("/proc/sys/kernel/io_uring_disabled").strip() in ("0", ""),
+        "io_uring is switched off (kernel.io_uring_disabled)",
+    ),
+    Requirement(
+        "userfaultfd", lambda _: _has_symbol_of_userfaultfd(), "this kernel has no userfaultfd (CONFIG_USERFAULTFD)"
+    ),
+]
+
+
+def _has_symbol_of_userfaultfd() -> bool:
+    return Path("/proc/sys/vm/unprivileged_userfaultfd").exists()
+
+
+REQUIREMENTS = {requirement.name: requirement for requirement in _ALL}
+
+
+@cache
+def lookup(name: str) -> Requirement:
+    """The requirement with this name, `cap:NAME` or `config:OPTION`; raises `HarnessError` (USAGE) if there is none."""
+    kind, _, value = name.partition(":")
+    if kind == "cap" and value in Cap.__members__:
+        cap = Cap[value]
+        return Requirement(name, _cap(cap), f"KVM_CAP_{value} ({int(cap)}) is 0")
+    if kind == "config" and value:
+        return Requirement(name, lambda _: _config_has(value), f"this kernel is built without CONFIG_{value}")
+    if name not in REQUIREMENTS:
+        raise HarnessError(
+            f"{name!r} is not a requirement",
+            f"one of: {', '.join(REQUIREMENTS)}, cap:NAME, config:OPTION",
+            ExitCode.USAGE,
+        )
+    return REQUIREMENTS[name]
+
+
+def _config_has(option: str) -> bool:
+    # Without a readable configuration the test runs and shows by behaviour what is there.
+    text = host_facts.kernel_config()
+    return text is None or f"\nCONFIG_{option}=y" in text or f"\nCONFIG_{option}=m" in text
+
+
+def first_missing(names: list[str]) -> Requirement | None:
+    """The first requirement of the list that this kernel does not meet."""
+    return next((lookup(name) for name in names if not lookup(name).met(host_facts.probe())), None)
+
+
+class Missing(Skipped):
+    """A skip because of a requirement, by name, so that `--require` can turn it into a failure."""
+
+    def __init__(self, requirement: Requirement) -> None:
+        super().__init__(requirement.missing, _use_item_location=True)
+        self.requirement = requirement
+
+
+def need(*names: str) -> None:
+    """Skip the test from within, with the reason, unless this kernel meets all requirements."""
+    missing = first_missing(list(names))
+    if missing is not None:
+        raise Missing(missing)
+
+
+def is_x86() -> bool:
+    """Whether this machine is x86-64."""
+    return platform.machine() == "x86_64"

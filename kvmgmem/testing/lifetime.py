@@ -114,22 +114,35 @@ def _watch(questions: int, answers: int) -> None:
     census = _Census()
     uevents = UeventSocket()
     uevents.bind(groups=1)  # the kernel's own events, not udev's copies
+    fd = uevents.fileno()
+    _enlarge(fd)
     poller = select.poll()
-    poller.register(uevents.fileno(), select.POLLIN)
+    poller.register(fd, select.POLLIN)
     poller.register(questions, select.POLLIN)
     os.write(answers, b'{"ready": true}\n')
     while True:
-        ready = {fd for fd, _ in poller.poll()}
-        # Events first, until there are none: a question is answered with everything that happened before it.
-        while uevents.fileno() in ready or select.select([uevents.fileno()], [], [], 0)[0]:
-            for event in uevents.get():
+        ready = {found for found, _ in poller.poll()}
+        # Events first, until there are none: a question is answered with everything that happened before it. The datagrams
+        # are read here and only parsed by pyroute2, whose get() keeps further ones in a queue that no poll can see (0.9).
+        while select.select([fd], [], [], 0)[0]:
+            for event in uevents.marshal.parse(os.read(fd, 65536)):
                 if event.get("DEVPATH") == "/devices/virtual/misc/kvm" and "EVENT" in event:
                     census.note(event)
-            ready.discard(uevents.fileno())
         if questions in ready:
             if not os.read(questions, 1):
                 os._exit(0)
             os.write(answers, json.dumps({"alive": census.alive, "count": census.count}).encode() + b"\n")
+
+
+def _enlarge(fd: int) -> None:
+    """Make room for the events of a test that creates thousands of VMs; a lost event would be an error (ENOBUFS)."""
+    import socket
+
+    with socket.socket(fileno=os.dup(fd)) as uevents:
+        for option in (33, socket.SO_RCVBUF):  # SO_RCVBUFFORCE needs CAP_NET_ADMIN, the other is bounded by a sysctl
+            with contextlib.suppress(PermissionError):
+                uevents.setsockopt(socket.SOL_SOCKET, option, 8 << 20)
+                break
 
 
 def debugfs_vms(pids: set[int]) -> list[str]:

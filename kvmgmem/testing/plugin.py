@@ -100,8 +100,14 @@ def _stop(error: HarnessError) -> None:
 
 def is_ours(item: pytest.Item) -> bool:
     """Whether a test is a selftest of a kernel, by its fixtures and markers."""
-    names = getattr(item, "fixturenames", ())
-    return bool(OUR_FIXTURES.intersection(names)) or any(item.get_closest_marker(name) for name in OUR_MARKERS)
+    return any(item.get_closest_marker(name) for name in OUR_MARKERS) or _takes_our_fixture(item)
+
+
+def _takes_our_fixture(item: pytest.Item) -> bool:
+    """Whether a fixture of the test is this plugin's own, and not another one of the same name."""
+    found = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    wanted = OUR_FIXTURES.intersection(found)
+    return any(definition.func.__module__ == fixtures.__name__ for name in wanted for definition in found[name][-1:])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,84 @@
+"""The command line: arguments in, one function call, an exit code out."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import kvmgmem
+from kvmgmem.errors import HarnessError, KvmError
+from kvmgmem.exit_codes import ExitCode
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    from kvmgmem.caps import add_caps_parser
+    from kvmgmem.lab.kernel_cli import add_kernel_parser
+    from kvmgmem.lab.vm_cli import add_vm_parser
+    from kvmgmem.run import add_run_parser
+    from kvmgmem.selftest import add_selftest_parser
+
+    parser = argparse.ArgumentParser(
+        prog="kvmgmem",
+        description="Check the contract of guest_memfd on a real kernel: this one, or one in a QEMU guest.",
+        epilog="Exit codes: 0 all as expected, 1 a test failed, 2 usage, 3 nothing ran, 4 the harness or its guest failed, "
+        "5 the kernel reported a splat or died. Everything after -- goes to pytest.",
+    )
+    parser.add_argument("--version", action="version", version=f"kvmgmem {kvmgmem.__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    add_selftest_parser(subparsers)
+    add_caps_parser(subparsers)
+    add_run_parser(subparsers)
+    add_vm_parser(subparsers)
+    add_kernel_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; every failure is one line that says what was wrong and what to do."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    ours, pytest_args = split_at_dashes(words)
+    args = build_parser().parse_args(ours)
+    args.pytest_args = pytest_args
+    try:
+        return dispatch(args)
+    except HarnessError as error:
+        return complain(error.message, error.hint, error.code)
+    except KvmError as error:
+        return complain(f"the kernel refused what every run needs: {error}", "see `kvmgmem caps`", ExitCode.HARNESS)
+    except KeyboardInterrupt:
+        return complain("interrupted; what had been written is kept", "", ExitCode.HARNESS)
+    except BrokenPipeError:
+        return ExitCode.OK
+
+
+def dispatch(args: argparse.Namespace) -> int:
+    """Call the verb's function."""
+    from kvmgmem.caps import run_caps
+    from kvmgmem.lab.kernel_cli import run_kernel
+    from kvmgmem.lab.vm_cli import run_vm
+    from kvmgmem.run import run_run
+    from kvmgmem.selftest import run_selftest
+
+    verbs = {"caps": run_caps, "run": run_run, "vm": run_vm, "kernel": run_kernel, "selftest": run_selftest}
+    return int(verbs[args.verb](args))
+
+
+def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before `--`, and what stands after it."""
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+def complain(message: str, hint: str, code: int) -> int:
+    """One line on standard error, its remedy on the next; returns the exit code."""
+    sys.stdout.flush()
+    sys.stderr.write(f"kvmgmem: error: {message}\n")
+    if hint:
+        sys.stderr.write(f"  hint: {hint}\n")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""`kvmgmem run`: the selftests against the KVM of this machine."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from kvmgmem.errors import HarnessError
+from kvmgmem.exit_codes import ExitCode
+from kvmgmem.results.outputs import add_output_options, report
+
+QUIET = ["-q", "--no-header", "--no-summary", "--tb=no", "-p", "no:cacheprovider"]
+
+
+def add_run_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser("run", help="run the selftests on this machine's KVM")
+    parser.add_argument("--require", default="", metavar="NAMES", help="requirements whose lack is a failure, not a skip")
+    parser.add_argument("--disruptive", action="store_true", help="also tests that could take this host down")
+    parser.add_argument("--effort", type=float, default=1.0, metavar="X", help="scale the volume of long tests")
+    add_output_options(parser)
+
+
+def run_run(args: argparse.Namespace) -> int:
+    """Run pytest, write the reports, return the exit code; raises `HarnessError`."""
+    from kvmgmem.host import probe
+
+    probe()  # says at once, and in one line, if there is no KVM here
+    results = results_path(args.results)
+    before = results.stat().st_size if results.exists() else 0
+    status = _pytest(args, results)
+    if results.stat().st_size == before:
+        raise HarnessError(
+            f"no selftest was started (pytest ended with status {status})",
+            "see pytest's message above; `kvmgmem run -- --collect-only -q` lists what there is",
+            ExitCode.NOTHING_RAN if status == ExitCode.NOTHING_RAN else ExitCode.HARNESS,
+        )
+    return report(results, args)
+
+
+def results_path(wanted: str | None) -> Path:
+    """Where the records go: the file asked for, which must not exist yet, or a fresh one below the temporary directory."""
+    if wanted:
+        path = Path(wanted)
+        if path.exists() and path.stat().st_size:
+            raise HarnessError(
+                f"{path} exists already", "records of several runs do not belong into one file: name another", ExitCode.USAGE
+            )
+        return path
+    directory = Path(tempfile.gettempdir()) / f"kvmgmem-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory / f"run-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
+
+
+def _pytest(args: argparse.Namespace, results: Path) -> int:
+    import pytest
+
+    words = [*QUIET, f"--results={results}", f"--require={args.require}", f"--effort={args.effort}"]
+    words += ["--disruptive"] if args.disruptive else []
+    sys.stdout.flush()
+    return int(pytest.main([*words, *args.pytest_args, *default_paths(args.pytest_args)]))
+
+
+def default_paths(pytest_args: list[str]) -> list[str]:
+    """The selftests' directory, unless the arguments name tests; raises `HarnessError` if it is not found."""
+    if any(Path(word.partition("::")[0]).exists() for word in pytest_args if not word.startswith("-")):
+        return []
+    return [str(selftests_directory())]
+
+
+def selftests_directory() -> Path:
+    """`selftests/` below the working directory or beside the package; raises `HarnessError` if it is in neither place."""
+    for place in (Path.cwd(), Path(__file__).resolve().parent.parent):
+        if (place / "selftests").is_dir():
+            return place / "selftests"
+    raise HarnessError(
+        "the selftests are not here", "run inside a checkout of kvmgmem, or name their directory after --", ExitCode.USAGE
+    )

@@ -1,0 +1,3 @@
+"""What the harness's own tests share."""
+
+pytest_plugins = ["pytester"]

@@ -65,10 +65,9 @@ def test_dup_and_cloexec() -> None:
     with OwnedFd(os.open("/dev/null", os.O_RDONLY)) as owned:
         with owned.dup() as copy, owned.dup(cloexec=False) as inherited:
             assert len({owned.fileno(), copy.fileno(), inherited.fileno()}) == 3
-            assert copy.cloexec
-            assert not inherited.cloexec
+            assert [copy.cloexec, inherited.cloexec] == [True, False]
             inherited.set_cloexec(True)
-            assert inherited.cloexec
+            assert [copy.cloexec, inherited.cloexec] == [True, True]
         assert not owned.closed
 
 

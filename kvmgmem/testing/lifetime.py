@@ -47,8 +47,8 @@ class LifetimeWatch:
     def __init__(self) -> None:
         to_watcher, self._ask = os.pipe()
         self._hear, from_watcher = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             os.close(self._ask)
             os.close(self._hear)
             _serve(to_watcher, from_watcher)
@@ -56,6 +56,7 @@ class LifetimeWatch:
         os.close(from_watcher)
         self._buffer = b""
         self._ready = False
+        self._closed = False
 
     def wait_ready(self) -> None:
         """Wait until the watcher listens; raises `WatchError` with its reason if it cannot."""
@@ -87,11 +88,14 @@ class LifetimeWatch:
         return answer
 
     def close(self) -> None:
-        """End the watcher."""
+        """End the watcher; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         os.close(self._ask)
         os.close(self._hear)
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
+            os.waitpid(self.pid, 0)
 
 
 def _serve(questions: int, answers: int) -> None:

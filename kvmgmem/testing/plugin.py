@@ -28,6 +28,7 @@ from kvmgmem.testing.fixtures import (
     vm,
     vm_type,
 )
+from kvmgmem.testing.lifetime import LifetimeWatch
 from kvmgmem.testing.requirements import Missing
 from kvmgmem.testing.session import DEFAULT_TIMEOUT, Session, Settings
 from kvmgmem.testing.waiting import TIME_SCALE
@@ -38,6 +39,7 @@ OUR_FIXTURES = frozenset(__all__)
 OUR_MARKERS = ("contract", "requires", "disruptive")
 SESSION = pytest.StashKey[Session]()
 RESULTS = pytest.StashKey[Path]()
+WATCH = pytest.StashKey[LifetimeWatch | None]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,11 +75,21 @@ def pytest_configure(config: pytest.Config) -> None:
         "test_timeout(seconds): its own budget",
     ):
         config.addinivalue_line("markers", line)
+    if config.getoption("--results") and not config.option.collectonly:
+        # At work while the tests are being collected: it takes a second to get ready under emulation.
+        config.stash[WATCH] = LifetimeWatch()
     for name in _required(config):
         try:
             requirements.lookup(name)
         except HarnessError as error:
             raise pytest.UsageError(f"--require: {error.message}; {error.hint}") from error
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the watcher if no run did."""
+    watch = config.stash.get(WATCH, None)
+    if watch is not None:
+        watch.close()
 
 
 def _required(config: pytest.Config) -> frozenset[str]:
@@ -128,7 +140,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         from kvmgmem import host as host_facts
 
         host_facts.probe()
-        run = Session(_settings(config))
+        run = Session(_settings(config), config.stash.setdefault(WATCH, None) or LifetimeWatch())
     except HarnessError as error:
         _stop(error)
         return
@@ -191,6 +203,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the requirement's name on the report of a skip from within a test."""
     report = yield
+    if call.excinfo is not None and isinstance(call.excinfo.value, pytest.skip.Exception):
+        report.__dict__["skip_reason"] = str(call.excinfo.value)
     if call.excinfo is not None and isinstance(call.excinfo.value, Missing):
         # An attribute of ours: it survives pytest's serialisation between processes.
         report.__dict__["requirement"] = call.excinfo.value.requirement.name

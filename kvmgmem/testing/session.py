@@ -1,5 +1,6 @@
 """One run of selftests: the records it writes, the watches it keeps, and the verdict on each test."""
 
+import contextlib
 import os
 import platform
 import shlex
@@ -66,7 +67,7 @@ class Judged:
 class Session:
     """The runner beside the kernel under test."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, watch: LifetimeWatch) -> None:
         self.settings = settings
         self.stream = ResultStream(settings.results)
         self.left_out: list[str] = []
@@ -75,8 +76,8 @@ class Session:
         adopt_orphans()
         self._no_debugfs = debugfs.mount_privately()
         self.log = KernelLog()
-        self.watch = LifetimeWatch()
-        keep(self.watch._pid)
+        self.watch = watch
+        keep(watch.pid)
         self._still_alive: set[int] = set()
 
     def write(self, record: Record) -> None:
@@ -120,12 +121,18 @@ class Session:
     def run(self, item: pytest.Item, limit: float) -> tuple[list[pytest.TestReport], Judged]:
         """Run one test in a process of its own, write its records, and return pytest's reports and the verdict."""
         self._write_start(item)
+        self._await_watch()
         start = time.perf_counter()
         outcome = run_isolated(item, limit)
         judged = self._judge(outcome, limit)
         duration = time.perf_counter() - start
         self._write_end(item, judged, duration, duration - outcome.inner_seconds)
         return _reports_for(item, outcome, judged, duration), judged
+
+    def _await_watch(self) -> None:
+        """See that no VM is born unseen; a watch that does not work is charged to the test by `_judge_lifetimes`."""
+        with contextlib.suppress(WatchError):
+            self.watch.wait_ready()
 
     def skip(
         self, item: pytest.Item, reason: str, requirement: Requirement | None
@@ -238,8 +245,7 @@ def judge_process(outcome: ChildOutcome, limit: float, required: frozenset[str])
 
 
 def _judge_skip(report: pytest.TestReport, required: frozenset[str]) -> Judged:
-    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-    reason = reason.removeprefix("Skipped: ")
+    reason = getattr(report, "skip_reason", "") or report.longreprtext
     name = getattr(report, "requirement", "")
     if name in required:
         return Judged(Verdict.FAILED, f"--require {name}: {reason}")

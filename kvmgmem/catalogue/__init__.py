@@ -1,0 +1,1 @@
+"""The contract and the known kernel bugs, as data."""

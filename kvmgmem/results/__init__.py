@@ -1,0 +1,1 @@
+"""Results: the record schema, and one writer per format."""

@@ -12,6 +12,7 @@ from kvmgmem.exit_codes import ExitCode
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     from kvmgmem.caps import add_caps_parser
+    from kvmgmem.contract_report import add_contract_parser
     from kvmgmem.lab.kernel_cli import add_kernel_parser
     from kvmgmem.lab.vm_cli import add_vm_parser
     from kvmgmem.run import add_run_parser
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_run_parser(subparsers)
     add_vm_parser(subparsers)
     add_kernel_parser(subparsers)
+    add_contract_parser(subparsers)
     return parser
 
 
@@ -54,12 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def dispatch(args: argparse.Namespace) -> int:
     """Call the verb's function."""
     from kvmgmem.caps import run_caps
+    from kvmgmem.contract_report import run_contract
     from kvmgmem.lab.kernel_cli import run_kernel
     from kvmgmem.lab.vm_cli import run_vm
     from kvmgmem.run import run_run
     from kvmgmem.selftest import run_selftest
 
-    verbs = {"caps": run_caps, "run": run_run, "vm": run_vm, "kernel": run_kernel, "selftest": run_selftest}
+    verbs = {
+        "caps": run_caps,
+        "contract": run_contract,
+        "kernel": run_kernel,
+        "run": run_run,
+        "selftest": run_selftest,
+        "vm": run_vm,
+    }
     return int(verbs[args.verb](args))
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -66,7 +67,7 @@ class ChildProcess:
     def __init__(self, function: Callable[[Channel], Any], *, close_fds: Sequence[int] = ()) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._status: int | None = None
-        self.pid = os.fork()
+        self.pid = _fork()
         if self.pid == 0:
             ours.close()
             for fd in close_fds:
@@ -118,6 +119,14 @@ class ChildProcess:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()
         self.channel.close()
+
+
+def _fork() -> int:
+    # Python warns since 3.12 when a process with threads forks. Ours run inside KVM_RUN and hold no lock of Python's, and a
+    # child of a process with running vCPUs is what several rows are about.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 class _Returned:

@@ -29,13 +29,12 @@ def run_run(args: argparse.Namespace) -> int:
 
     probe()  # says at once, and in one line, if there is no KVM here
     results = results_path(args.results)
-    before = results.stat().st_size if results.exists() else 0
     status = _pytest(args, results)
-    if results.stat().st_size == before:
+    if not results.exists():
         raise HarnessError(
             f"no selftest was started (pytest ended with status {status})",
             "see pytest's message above; `kvmgmem run -- --collect-only -q` lists what there is",
-            ExitCode.NOTHING_RAN if status == ExitCode.NOTHING_RAN else ExitCode.HARNESS,
+            ExitCode(status) if status in (ExitCode.NOTHING_RAN, ExitCode.USAGE) else ExitCode.HARNESS,
         )
     return report(results, args)
 

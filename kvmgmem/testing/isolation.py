@@ -62,10 +62,17 @@ def run_isolated(item: pytest.Item, limit: float) -> ChildOutcome:
             _child(item, writer, dump.fileno())
         os.close(writer)
         outcome = ChildOutcome(pids={pid})
-        text = _read_until_closed(reader, limit, outcome)
-        os.close(reader)
-        if outcome.timed_out:
-            outcome.where = _where_it_hangs(pid, dump.fileno())
+        try:
+            text = _read_until_closed(reader, limit, outcome)
+            if outcome.timed_out:
+                outcome.where = _where_it_hangs(pid, dump.fileno())
+        except KeyboardInterrupt:
+            outcome.timed_out = True
+            _reap(pid, outcome)
+            _end_strays(outcome)
+            raise
+        finally:
+            os.close(reader)
         _reap(pid, outcome)
     _end_strays(outcome)
     _parse(item, text, outcome)

@@ -224,8 +224,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the end of the run; its exit status is the harness's, not pytest's."""
     run = session.config.stash.get(SESSION, None)
     if run is None:
-        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("--results"):
-            session.exitstatus = ExitCode.NOTHING_RAN
+        if session.config.getoption("--results"):
+            session.exitstatus = PYTEST_CODES.get(exitstatus, exitstatus)
         return
     if exitstatus == pytest.ExitCode.INTERRUPTED:
         run.left_out.append("the rest of the tests: the run was interrupted")
@@ -236,6 +236,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     run.end(code)
 
 
+# Pytest's own numbers mean other things than ours: its internal error, for one, is our "nothing ran".
+PYTEST_CODES: dict[int, ExitCode] = {
+    pytest.ExitCode.INTERRUPTED: ExitCode.HARNESS,
+    pytest.ExitCode.INTERNAL_ERROR: ExitCode.HARNESS,
+    pytest.ExitCode.USAGE_ERROR: ExitCode.USAGE,
+    pytest.ExitCode.NO_TESTS_COLLECTED: ExitCode.NOTHING_RAN,
+}
+
+
 def _exit_code(run: Session, exitstatus: int) -> int:
     counts = run.counts
     if counts.get(Verdict.SPLAT) or counts.get(Verdict.PANICKED):
@@ -243,7 +252,7 @@ def _exit_code(run: Session, exitstatus: int) -> int:
     if counts.get(Verdict.ERROR):
         return ExitCode.HARNESS
     if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        return exitstatus
+        return PYTEST_CODES.get(exitstatus, exitstatus)
     if any(counts.get(verdict) for verdict in (Verdict.FAILED, Verdict.CRASHED, Verdict.TIMEOUT)):
         return ExitCode.TEST_FAILED
     if exitstatus == pytest.ExitCode.TESTS_FAILED:

@@ -15,6 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
     from kvmgmem.contract_report import add_contract_parser
     from kvmgmem.lab.kernel_cli import add_kernel_parser
     from kvmgmem.lab.vm_cli import add_vm_parser
+    from kvmgmem.report import add_report_parser
     from kvmgmem.run import add_run_parser
     from kvmgmem.selftest import add_selftest_parser
 
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_vm_parser(subparsers)
     add_kernel_parser(subparsers)
     add_contract_parser(subparsers)
+    add_report_parser(subparsers)
     return parser
 
 
@@ -59,6 +61,7 @@ def dispatch(args: argparse.Namespace) -> int:
     from kvmgmem.contract_report import run_contract
     from kvmgmem.lab.kernel_cli import run_kernel
     from kvmgmem.lab.vm_cli import run_vm
+    from kvmgmem.report import run_report
     from kvmgmem.run import run_run
     from kvmgmem.selftest import run_selftest
 
@@ -66,6 +69,7 @@ def dispatch(args: argparse.Namespace) -> int:
         "caps": run_caps,
         "contract": run_contract,
         "kernel": run_kernel,
+        "report": run_report,
         "run": run_run,
         "selftest": run_selftest,
         "vm": run_vm,

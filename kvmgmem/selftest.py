@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections.abc import Iterable
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
@@ -29,6 +30,11 @@ def run_selftest(args: argparse.Namespace) -> int:
     if reason or args.both:
         _say(f"running in a QEMU guest, because {reason or 'both were asked for'}")
         codes.append(_in_guest(args))
+    return gravest(codes)
+
+
+def gravest(codes: Iterable[int]) -> int:
+    """The exit code of several runs together."""
     return int(max((ExitCode(code) for code in codes), key=GRAVITY.index))
 
 

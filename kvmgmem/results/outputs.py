@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -14,10 +15,18 @@ from kvmgmem.results.run import Run, exit_code, read_run
 from kvmgmem.results.summary import write_summary
 from kvmgmem.results.text import wants_colour
 
+
+def _html(run: Run, out: TextIO) -> None:
+    from kvmgmem.results.html import write_html
+
+    write_html(run, out)
+
+
 WRITERS: dict[str, Callable[[Run, TextIO], None]] = {
     "ktap": write_ktap,
     "junit": write_junit,
     "markdown": write_markdown,
+    "html": _html,
 }
 
 
@@ -27,6 +36,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--results", metavar="FILE", help="the records, one JSON object a line, as things happen")
     group.add_argument("--ktap", metavar="FILE", help="KTAP, - for standard output instead of the summary")
     group.add_argument("--junit", metavar="FILE", help="JUnit XML")
+    group.add_argument("--html", metavar="FILE", help="a self-contained page")
     group.add_argument("--markdown", metavar="FILE", help="a short Markdown table, for a CI job's summary")
 
 
@@ -36,7 +46,7 @@ def report(results: Path, args: argparse.Namespace) -> int:
     for name, writer in WRITERS.items():
         target = getattr(args, name, None)
         if target and target != "-":
-            _write(run, writer, Path(target))
+            write_file(Path(target), partial(writer, run))
     if getattr(args, "ktap", None) == "-":
         write_ktap(run, sys.stdout)
     else:
@@ -47,10 +57,11 @@ def report(results: Path, args: argparse.Namespace) -> int:
     return int(exit_code(run))
 
 
-def _write(run: Run, writer: Callable[[Run, TextIO], None], target: Path) -> None:
+def write_file(target: Path, write: Callable[[TextIO], None]) -> None:
+    """Let `write` fill a file; raises `HarnessError` if it cannot be written."""
     try:
         with target.open("w", encoding="utf-8", errors="backslashreplace") as out:
-            writer(run, out)
+            write(out)
     except OSError as error:
         raise HarnessError(
             f"cannot write {target}: {error.strerror}", "make room or name another file; the records are kept"

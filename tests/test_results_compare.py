@@ -1,0 +1,123 @@
+"""Several runs side by side: what differs comes first, and is explained; the page holds all of it."""
+
+import io
+import json
+import re
+
+import pytest
+
+from kvmgmem.results.compare import compare, write_comparison
+from kvmgmem.results.html import write_html, write_html_comparison
+from kvmgmem.results.records import Circumstances, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict
+from kvmgmem.results.run import Run, collect
+
+
+def a_run(release: str, verdicts: dict[str, Verdict], *, variant: str = "", reason: str = "", detail: str = "") -> Run:
+    """A run on a kernel in which tests had these verdicts."""
+    facts = Circumstances(
+        release,
+        "kvm_amd",
+        "tdp",
+        "tcg",
+        "cpu",
+        ("default",),
+        "guest",
+        "0",
+        "3",
+        "9",
+        extra={"variant": variant} if variant else {},
+    )
+    records: list[Record] = [RunStart("0" * 32, 1.0, facts)]
+    for name, verdict in verdicts.items():
+        bugs = ("B14",) if verdict is Verdict.KNOWN_BUG else ()
+        why = reason if verdict is not Verdict.PASSED else ""
+        records.append(TestStart(name, 2.0, "GM-BIND", ("GM-BIND-014",), "A rule."))
+        records.append(TestEnd(name, 3.0, verdict, reason=why, detail=detail, bugs_shown=bugs))
+    records.append(RunEnd(4.0, 0))
+    return collect(records)
+
+
+def text_of(*runs: Run) -> str:
+    out = io.StringIO()
+    write_comparison(compare(runs), out)
+    return out.getvalue()
+
+
+def test_what_differs_is_named_with_its_reason_and_what_agrees_is_counted() -> None:
+    """A test on which columns disagree is a line with a letter per column, and the reason of each that did not pass."""
+    old = a_run("6.18.44", {"t::same": Verdict.PASSED, "t::other": Verdict.KNOWN_BUG})
+    new = a_run("7.3.4", {"t::same": Verdict.PASSED, "t::other": Verdict.PASSED})
+    text = text_of(old, new)
+    assert re.search(r"^  b \.  t::other\n +A: B14: ", text, re.MULTILINE), text
+    assert "t::same" not in text
+    assert "1 of 2 tests agree in all 2 columns" in text
+
+
+def test_faults_come_before_harmless_differences_and_are_all_named() -> None:
+    """Failures are listed first and in full; many skips for one reason are counted."""
+    skipped = {f"t::s{n}": Verdict.SKIPPED for n in range(10)}
+    failed = {f"t::f{n}": Verdict.FAILED for n in range(10)}
+    good = a_run("7.3.4", dict.fromkeys([*skipped, *failed], Verdict.PASSED))
+    bad = a_run("7.2", {**skipped, **failed}, reason="no such thing")
+    text = text_of(good, bad)
+    assert text.index("t::f9") < text.index("t::s0")
+    assert all(name in text for name in failed)
+    assert "... and 7 more" in text
+    assert "t::s9" not in text
+
+
+def test_a_test_that_a_column_lacks_is_a_blank() -> None:
+    """No record is not a verdict: the column shows nothing, and the row counts as differing."""
+    text = text_of(a_run("7.3", {"t::a": Verdict.PASSED}), a_run("7.2", {"t::a": Verdict.PASSED, "t::b": Verdict.PASSED}))
+    assert re.search(r"^    \.  t::b$", text, re.MULTILINE), text
+
+
+def test_equal_labels_are_told_apart_and_variants_are_part_of_them() -> None:
+    """Two runs of one kernel are #1 and #2; a variant's name is in the label."""
+    runs = [a_run("7.3", {}), a_run("7.3", {}), a_run("7.3", {}, variant="npt0")]
+    assert [column.label for column in compare(runs).columns] == ["7.3 #1", "7.3 #2", "7.3 npt0"]
+
+
+def test_an_unfinished_run_says_so_in_its_column() -> None:
+    """A column whose run did not end is not mistaken for a good one."""
+    facts = Circumstances("7.3", "kvm_amd", "tdp", "tcg", "cpu", (), "guest", "0", "3", "9")
+    cut = collect([RunStart("0" * 32, 1.0, facts), TestStart("t::a", 2.0)])
+    assert "no run-end record" in text_of(cut, a_run("7.2", {"t::a": Verdict.PASSED}))
+
+
+def data_of(page: str) -> dict[str, object]:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert match
+    data: dict[str, object] = json.loads(match.group(1))
+    return data
+
+
+@pytest.mark.parametrize("ugly", ["</script><b>", "<!--", "\x1b[31m\0", "\udc80", "@DATA@"])
+def test_the_page_survives_ugly_texts(ugly: str) -> None:
+    """Whatever a kernel or a test prints, the page stays one page with the same data."""
+    out = io.StringIO()
+    write_html(a_run("7.3", {"t::a": Verdict.FAILED}, reason=ugly, detail=ugly), out)
+    page = out.getvalue()
+    assert page.count("</script>") == 2
+    assert page.isascii()
+    tests = data_of(page)["tests"]
+    assert isinstance(tests, list)
+    assert tests[0]["cells"][0]["verdict"] == "failed"
+
+
+def test_the_page_is_self_contained_and_has_every_column() -> None:
+    """The page loads nothing from elsewhere, and holds each column and its verdicts in order."""
+    out = io.StringIO()
+    runs = [a_run("7.2", {"t::a": Verdict.KNOWN_BUG}), a_run("7.3", {"t::a": Verdict.PASSED})]
+    write_html_comparison(compare(runs), out)
+    page = out.getvalue()
+    assert not re.search(r"""(src|href)=|@import|url\(""", page)
+    data = data_of(page)
+    columns, tests = data["columns"], data["tests"]
+    assert isinstance(columns, list)
+    assert isinstance(tests, list)
+    assert [column["label"] for column in columns] == ["7.2", "7.3"]
+    assert [cell["verdict"] for cell in tests[0]["cells"]] == ["known-bug", "passed"]
+    rows = data["rows"]
+    assert isinstance(rows, dict)
+    assert "already bound" in rows["GM-BIND-014"]["statement"]

@@ -125,8 +125,8 @@ def markdown(reports: Sequence[RowReport], kernels: Sequence[str]) -> Iterator[s
     asserted = sum(bool(entry.tests) for entry in reports)
     yield "# The contract of guest_memfd"
     yield ""
-    yield "What userspace may rely on, row by row, and the selftests that assert it. Written by `kvmgmem contract --markdown`;"
-    yield f"{asserted} of {len(reports)} rows are asserted by a test."
+    yield "What userspace may rely on, row by row, and the selftests that assert it."
+    yield f"Written by `kvmgmem contract --markdown`; {asserted} of {len(reports)} rows are asserted by a test."
     for area in catalogue.AREAS:
         yield from ("", f"## {area.title} ({area.id})", "")
         yield "| " + " | ".join(["Row", "What must hold", "Needs", "Kernel source", "Asserted by", *kernels]) + " |"

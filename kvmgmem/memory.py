@@ -159,6 +159,13 @@ class Mapping:
         """madvise(2) on part of the mapping."""
         return syscalls.madvise(self.address + offset, self.length - offset if length is None else length, advice)
 
+    def resize(self, length: int) -> Answer:
+        """mremap(2): grow or shrink the mapping, which may move; its new address."""
+        answer = syscalls.mremap(self.address, self.length, length)
+        if not isinstance(answer, Errno):
+            self.address, self.length = answer, length
+        return answer
+
     def resident_pages(self) -> list[bool]:
         """mincore(2): for each page whether it is up to date in the page cache (allocated alone does not count)."""
         pages = (self.length + PAGE_SIZE - 1) // PAGE_SIZE

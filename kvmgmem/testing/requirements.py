@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,9 +12,13 @@ from _pytest.outcomes import Skipped
 
 from kvmgmem import host as host_facts
 from kvmgmem.abi import Cap, VmType
-from kvmgmem.errors import HarnessError
+from kvmgmem.entry import syscall
+from kvmgmem.errors import Errno, HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.host import Host
+from kvmgmem.syscalls import NUMBER
+from kvmgmem.testing import memory_cgroup, selinux
+from kvmgmem.testing.numa_policy import policy_belongs_to_the_file
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def _memory_failure(_: Host) -> bool:
 
 
 def _cgroup(_: Host) -> bool:
-    return any(line.split() and line.split()[0] == "memory" for line in _text("/proc/cgroups").splitlines())
+    return memory_cgroup.memory_root() is not None
 
 
 def _text(path: str) -> str:
@@ -58,6 +63,31 @@ def _text(path: str) -> str:
 
 def _modular(host: Host) -> bool:
     return (host_facts.MODULES / host.backend / "refcnt").exists()
+
+
+def _gpa_bits(host: Host) -> int:
+    if host.machine != "x86_64":
+        return 0
+    from kvmgmem.arch.x86_64 import max_gpa_bits
+
+    return max_gpa_bits(host.paging)
+
+
+def _metadata_of_8_tib(host: Host) -> int:
+    """Bytes that KVM allocates beside a slot of 2^31 pages (x86.c:kvm_alloc_memslot_metadata)."""
+    pages, huge = 1 << 31, (1 << 22) + (1 << 13)
+    # Large-page state of 4 bytes; with shadow paging a reverse map of 8 bytes too, and 2 a page for write tracking.
+    return 4 * huge + (0 if host.paging == "tdp" else 8 * (pages + huge) + 2 * pages)
+
+
+def _memory_available() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _switched_on(host: Host, *parameters: str) -> bool:
+    return any(host.parameters.get(parameter) in ("Y", "1") for parameter in parameters)
 
 
 _ALL = [
@@ -103,6 +133,33 @@ _ALL = [
         lambda host: host.backend != "kvm_pvm",
         "kvm_pvm emulates guest code above CPL 3, the row needs it to run natively",
     ),
+    Requirement(
+        "slot-of-8-tib",
+        lambda host: _gpa_bits(host) >= 43,
+        "guest physical addresses have fewer than 43 bits here, so no slot of 2^31 pages fits",
+    ),
+    Requirement(
+        "memory-for-8-tib-slot",
+        lambda host: _memory_available() > 2 * _metadata_of_8_tib(host),
+        "KVM's tables for a slot of 2^31-1 pages (20 GiB with shadow paging) need more than half of the available memory",
+    ),
+    Requirement(
+        "apic-access-slot",
+        lambda host: _switched_on(host, "kvm_amd.avic", "kvm_intel.flexpriority"),
+        "KVM makes no slot of its own for the APIC here (kvm_amd.avic or kvm_intel.flexpriority is off)",
+    ),
+    Requirement(
+        "tss-slot",
+        lambda host: host.parameters.get("kvm_intel.unrestricted_guest") in ("N", "0"),
+        "KVM makes no slot of its own for a TSS here (only kvm_intel with unrestricted_guest off does)",
+    ),
+    Requirement(
+        "nested-svm",
+        lambda host: (
+            host.backend == "kvm_amd" and bool(host.caps[Cap.NESTED_STATE.name]) and _switched_on(host, "kvm_amd.nested")
+        ),
+        "needs nested SVM, whose state the test builds (kvm_amd with kvm_amd.nested=1)",
+    ),
     Requirement("root", lambda host: host.root, "needs root (CAP_SYS_ADMIN)"),
     Requirement(
         "debugfs",
@@ -110,6 +167,11 @@ _ALL = [
         "debugfs is not mounted or not readable (it needs root and CONFIG_DEBUG_FS)",
     ),
     Requirement("two-nodes", lambda host: host.nodes > 1, "needs two NUMA nodes with memory"),
+    Requirement(
+        "file-policy",
+        lambda _: policy_belongs_to_the_file(),
+        "this kernel allocates gmem without regard to policies set by mbind (a policy belongs to the file since 6.19)",
+    ),
     Requirement(
         "memory-failure",
         _memory_failure,
@@ -120,22 +182,54 @@ _ALL = [
         lambda host: not _memory_failure(host),
         "this kernel can poison memory, the row is about kernels that cannot",
     ),
-    Requirement("memcg", _cgroup, "this kernel has no memory cgroups (CONFIG_MEMCG)"),
+    Requirement(
+        "memcg", _cgroup, "no memory cgroup can be made here (it needs root, CONFIG_MEMCG, and the hierarchy mounted)"
+    ),
     Requirement(
         "fault-injection",
         lambda _: Path("/proc/self/fail-nth").exists(),
         "this kernel cannot inject failures (/proc/self/fail-nth: CONFIG_FAULT_INJECTION)",
     ),
+    Requirement(
+        "selinux-enforcing",
+        lambda _: selinux.judges_anon_inodes(),
+        "needs SELinux in enforcing mode with a policy on anonymous inodes (/sys/fs/selinux/class/anon_inode)",
+    ),
     Requirement("modules", _modular, "KVM's vendor module is built in, the row is about modules"),
     Requirement(
         "io-uring",
-        lambda _: _text("/proc/sys/kernel/io_uring_disabled").strip() in ("0", ""),
-        "io_uring is switched off (kernel.io_uring_disabled)",
+        # Without parameters to read, a working io_uring_setup(2) answers EFAULT.
+        lambda _: syscall(NUMBER["io_uring_setup"], 0, 0) == Errno.EFAULT,
+        "this kernel has no io_uring, or it is switched off (CONFIG_IO_URING, kernel.io_uring_disabled)",
+    ),
+    Requirement(
+        "kcmp",
+        lambda _: syscall(NUMBER["kcmp"], os.getpid(), os.getpid(), 0, 0, 0) != Errno.ENOSYS,
+        "this kernel cannot compare descriptors of processes (CONFIG_KCMP)",
+    ),
+    Requirement(
+        "trace-events",
+        lambda host: host.root and "tracefs" in _text("/proc/filesystems").split(),
+        "needs root and trace events (CONFIG_FTRACE and CONFIG_ENABLE_DEFAULT_TRACERS or another tracer)",
+    ),
+    Requirement(
+        "direct-io",
+        lambda _: _opens_for_direct_io(),
+        "the filesystem of the temporary directory refuses O_DIRECT (TMPDIR may name a directory on another one)",
     ),
     Requirement(
         "userfaultfd", lambda _: _has_symbol_of_userfaultfd(), "this kernel has no userfaultfd (CONFIG_USERFAULTFD)"
     ),
 ]
+
+
+def _opens_for_direct_io() -> bool:
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.close(os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_DIRECT))
+        except OSError:
+            return False
+    return True
 
 
 def _has_symbol_of_userfaultfd() -> bool:

@@ -1,6 +1,7 @@
 """One run of selftests: the records it writes, the watches it keeps, and the verdict on each test."""
 
 import contextlib
+import gc
 import os
 import platform
 import shlex
@@ -88,6 +89,9 @@ class Session:
         """Write the circumstances and the plan, and say what cannot be watched."""
         self.write(RunStart(uuid.uuid4().hex, time.time(), self._circumstances()))
         self.write(Plan(tuple(item.nodeid for item in items)))
+        # Every test is forked from here: what the collector never looks at again is never copied by a child's collection.
+        gc.collect()
+        gc.freeze()
         if self._no_debugfs:
             self._leave_out(self._no_debugfs)
         if self.log.error:
@@ -115,7 +119,7 @@ class Session:
             pytest=pytest.__version__,
             config_hash=host.config_hash,
             flavour=os.environ.get("KVMGMEM_FLAVOUR"),
-            extra={"caps": host.caps, "nodes": host.nodes, "parameters": host.parameters, "root": host.root},
+            extra={**_variant(), "caps": host.caps, "nodes": host.nodes, "parameters": host.parameters, "root": host.root},
         )
 
     def run(self, item: pytest.Item, limit: float) -> tuple[list[pytest.TestReport], Judged]:
@@ -292,6 +296,11 @@ def _report(
     return pytest.TestReport(
         item.nodeid, item.location, dict.fromkeys(item.keywords, 1), outcome, longrepr, when, duration=duration
     )
+
+
+def _variant() -> dict[str, str]:
+    variant = os.environ.get("KVMGMEM_VARIANT", "")
+    return {"variant": variant} if variant else {}
 
 
 def rows_of(item: pytest.Item) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     from kvmgmem.caps import add_caps_parser
     from kvmgmem.contract_report import add_contract_parser
     from kvmgmem.lab.kernel_cli import add_kernel_parser
+    from kvmgmem.lab.matrix import add_matrix_parser
     from kvmgmem.lab.vm_cli import add_vm_parser
     from kvmgmem.report import add_report_parser
     from kvmgmem.run import add_run_parser
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_caps_parser(subparsers)
     add_run_parser(subparsers)
     add_vm_parser(subparsers)
+    add_matrix_parser(subparsers)
     add_kernel_parser(subparsers)
     add_contract_parser(subparsers)
     add_report_parser(subparsers)
@@ -60,6 +62,7 @@ def dispatch(args: argparse.Namespace) -> int:
     from kvmgmem.caps import run_caps
     from kvmgmem.contract_report import run_contract
     from kvmgmem.lab.kernel_cli import run_kernel
+    from kvmgmem.lab.matrix import run_matrix
     from kvmgmem.lab.vm_cli import run_vm
     from kvmgmem.report import run_report
     from kvmgmem.run import run_run
@@ -69,6 +72,7 @@ def dispatch(args: argparse.Namespace) -> int:
         "caps": run_caps,
         "contract": run_contract,
         "kernel": run_kernel,
+        "matrix": run_matrix,
         "report": run_report,
         "run": run_run,
         "selftest": run_selftest,

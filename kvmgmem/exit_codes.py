@@ -12,3 +12,5 @@ class ExitCode(IntEnum):
     NOTHING_RAN = 3
     HARNESS = 4
     KERNEL = 5
+    BISECT_SKIP = 125
+    """For `git bisect run` alone: this kernel does not build or boot, so it says nothing (`kvmgmem vm --source`)."""

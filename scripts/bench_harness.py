@@ -1,6 +1,6 @@
 """How fast the harness is: ratios from one run on one machine, printed for people; never a verdict.
 
-    make bench-harness            the binding, the overhead of a test, and the guest's start if QEMU and a kernel are there
+make bench-harness            the binding, the overhead of a test, and the guest's start if QEMU and a kernel are there
 """
 
 import ctypes

@@ -1,0 +1,235 @@
+"""`kvmgmem matrix`: kernels times machine variants, guests in parallel, one table at the end.
+
+Every column is one `kvmgmem vm` in a process of its own, which writes its records into the output directory. A column whose
+records are complete, and were made by the same command on the same image, is kept; so a matrix that was interrupted goes on
+where it stopped.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from kvmgmem.errors import HarnessError
+from kvmgmem.exit_codes import ExitCode
+from kvmgmem.lab.kernels import Kernel, resolve
+from kvmgmem.lab.variants import PLAIN, Variant, lookup
+from kvmgmem.results.compare import compare, write_comparison
+from kvmgmem.results.html import write_html_comparison
+from kvmgmem.results.outputs import WRITERS, write_file
+from kvmgmem.results.run import Run, exit_code, read_run
+from kvmgmem.selftest import gravest
+
+GUEST_MEMORY_MIB = 1536
+QEMU_MEMORY_MIB = 512
+"""What QEMU itself takes beside the guest's memory: mostly translated code under TCG."""
+CLEAR_LINE = "\r\033[K"
+SUFFIXES = {"ktap": ".ktap", "junit": ".junit.xml", "markdown": ".md"}
+
+
+@dataclass
+class Column:
+    """One kernel on one machine, and the process that tries it."""
+
+    kernel: Kernel
+    variant: Variant
+    directory: Path
+    command: tuple[str, ...] = ()
+    process: "subprocess.Popen[bytes] | None" = None
+    status: int | None = None
+    kept: bool = field(default=False)
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        suffix = "" if self.variant is PLAIN else f"+{self.variant.name}"
+        return re.sub(r"[^A-Za-z0-9.+~-]+", "_", self.kernel.name).strip("_") + suffix
+
+    @property
+    def results(self) -> Path:
+        """Its records."""
+        return self.directory / f"{self.name}.jsonl"
+
+    @property
+    def memory_mib(self) -> int:
+        """What it takes of the host's memory."""
+        return (self.variant.memory or GUEST_MEMORY_MIB) + QEMU_MEMORY_MIB
+
+    def key(self) -> dict[str, object]:
+        """What its records depend on: the command, and the image that was booted."""
+        image = self.kernel.image.stat()
+        return {"command": list(self.command[1:]), "image": [image.st_size, image.st_mtime_ns]}
+
+
+def add_matrix_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser("matrix", help="kernels times machine variants, and one table")
+    parser.add_argument("kernels", nargs="+", metavar="KERNEL", help="as for `vm --kernel`; KERNEL+VARIANT for one variant")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME", help="try every kernel on this machine too"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("matrix"), metavar="DIR", help="records and reports (default: matrix)"
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="guests at once (default: as memory and cores allow)")
+    parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="how QEMU executes the guests")
+
+
+def run_matrix(args: argparse.Namespace) -> int:
+    """Run what is not done yet, write the reports, print the table; the gravest exit code. Raises `HarnessError`."""
+    columns = plan(args.kernels, args.variant, args.out)
+    _make_directory(args.out)
+    for column in columns:
+        column.command = _command(column, args)
+        column.kept = _is_done(column)
+    jobs = args.jobs or jobs_for(max(column.memory_mib for column in columns))
+    try:
+        _run([column for column in columns if not column.kept], jobs)
+    finally:
+        _stop(columns)
+    return _report(columns, args.out)
+
+
+def plan(kernels: Sequence[str], variants: Sequence[str], directory: Path) -> list[Column]:
+    """The columns asked for, each once, in order; raises `HarnessError` for a kernel or variant that is none."""
+    found: dict[str, Column] = {}
+    for spec in kernels:
+        name, plus, variant = spec.rpartition("+")
+        # A release may hold a plus sign too; only a known variant's name behind one counts.
+        single = plus and variant in _variant_names()
+        kernel = resolve(name if single else spec)
+        wanted = [lookup(variant)] if single else [PLAIN, *map(lookup, variants)]
+        for machine in wanted:
+            column = Column(kernel, machine, directory)
+            found.setdefault(column.name, column)
+    return list(found.values())
+
+
+def _variant_names() -> frozenset[str]:
+    from kvmgmem.lab.variants import VARIANTS
+
+    return frozenset(VARIANTS)
+
+
+def jobs_for(memory_mib: int) -> int:
+    """How many guests of this size fit: one per core, and half of the memory that is available now."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            room = int(line.split()[1]) // 1024 // 2
+            return max(1, min(len(os.sched_getaffinity(0)), room // memory_mib))
+    return 1
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(
+            f"cannot make {directory}: {error.strerror}", "name another with --out", ExitCode.USAGE
+        ) from error
+
+
+def _command(column: Column, args: argparse.Namespace) -> tuple[str, ...]:
+    words = [sys.executable, "-m", "kvmgmem.cli", "vm", f"--kernel={column.kernel.name}", f"--accel={args.accel}"]
+    words += [] if column.variant is PLAIN else [f"--variant={column.variant.name}"]
+    return (*words, f"--results={column.results}", "--", *args.pytest_args)
+
+
+def _is_done(column: Column) -> bool:
+    key = column.results.with_suffix(".key")
+    try:
+        same = json.loads(key.read_text()) == json.loads(json.dumps(column.key()))
+        return same and read_run([column.results]).complete
+    except (OSError, ValueError, HarnessError):
+        return False
+
+
+def _run(columns: list[Column], jobs: int) -> None:
+    waiting, running = list(columns), list[Column]()
+    started, said = time.monotonic(), ""
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(_start(waiting.pop(0)))
+        time.sleep(0.2)
+        for column in running:
+            assert column.process is not None
+            column.status = column.process.poll()
+        running = [column for column in running if column.status is None]
+        line = "; ".join(f"{column.name} {_progress(column)}" for column in running)
+        if line != said and sys.stdout.isatty():
+            print(f"{CLEAR_LINE}{time.monotonic() - started:4.0f} s  {line}"[: 8 + _width()], end="", flush=True)
+        said = line
+        for column in columns:
+            if column.status is not None and column.process is not None:
+                print(f"{CLEAR_LINE if sys.stdout.isatty() else ''}{column.name}: {_progress(column)} done", flush=True)
+                column.process = None
+
+
+def _width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns - 8
+
+
+def _start(column: Column) -> Column:
+    column.results.unlink(missing_ok=True)
+    column.results.with_suffix(".key").write_text(json.dumps(column.key()))
+    with column.results.with_suffix(".log").open("wb") as log:
+        column.process = subprocess.Popen(column.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    return column
+
+
+def _progress(column: Column) -> str:
+    """Tests done of tests planned, by counting records; cheap enough to do while they are written."""
+    planned, done = 0, 0
+    with contextlib.suppress(OSError), column.results.open() as lines:
+        for line in lines:
+            if line.startswith('{"record":"plan"'):
+                planned = max(planned, len(json.loads(line)["tests"])) if line.endswith("\n") else planned
+            done += line.startswith('{"record":"test-end"')
+    return f"{done}/{planned}" if planned else "booting"
+
+
+def _stop(columns: Sequence[Column]) -> None:
+    """End what is still running, gently first: `kvmgmem vm` ends its own guest and keeps its records."""
+    alive = [column.process for column in columns if column.process is not None and column.process.poll() is None]
+    for process in alive:
+        process.send_signal(signal.SIGINT)
+    for process in alive:
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _report(columns: Sequence[Column], directory: Path) -> int:
+    runs: list[Run] = []
+    lost: list[str] = []
+    for column in columns:
+        if not column.results.exists():
+            lost.append(column.name)
+            continue
+        run = read_run([column.results])
+        runs.append(run)
+        for name, suffix in SUFFIXES.items():
+            write_file(column.results.with_name(column.name + suffix), partial(WRITERS[name], run))
+    codes = [int(exit_code(run)) for run in runs]
+    if runs:
+        comparison = compare(runs)
+        write_file(directory / "matrix.html", partial(write_html_comparison, comparison))
+        write_comparison(comparison, sys.stdout)
+        print(f"page: {directory / 'matrix.html'}")
+    for name in lost:
+        print(f"{name}: did not come to a first record; see {directory / name}.log")
+        codes.append(ExitCode.HARNESS)
+    return gravest(codes)

@@ -1,0 +1,218 @@
+"""`kvmgmem vm`: the selftests in a QEMU guest, supervised, with the same summary and exit code as on a host."""
+
+import argparse
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kvmgmem.errors import HarnessError
+from kvmgmem.exit_codes import ExitCode
+from kvmgmem.lab.cache import cache_root
+from kvmgmem.lab.initramfs import Image, ImageRequest, build_image, find_busybox
+from kvmgmem.lab.kbuild import BuildError
+from kvmgmem.lab.kernels import Kernel, build, list_kernels, resolve
+from kvmgmem.lab.machine import (
+    Accelerator,
+    Machine,
+    choose_accelerator,
+    command_line,
+    require_kernel_image,
+    require_qemu,
+)
+from kvmgmem.lab.progress import Progress
+from kvmgmem.lab.supervisor import Limits, Request, Supervisor
+from kvmgmem.lab.variants import lookup
+from kvmgmem.results.outputs import add_output_options, report
+from kvmgmem.run import results_path, selftests_directory
+
+QUIET = ("-q", "--no-header", "--no-summary", "--tb=no", "-p", "no:cacheprovider")
+GDB_PORT = 1234
+DEFAULT_TEST_SECONDS = 30.0
+"""What the pytest plugin allows a test unless told otherwise, before scaling."""
+
+# What debugging costs a kernel under test, as a factor on every limit.
+FLAVOUR_SLOWNESS = {"debug": 4.0, "coverage": 1.5}
+
+
+def add_vm_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser("vm", help="run the selftests in a QEMU guest")
+    parser.add_argument("--kernel", metavar="IMAGE|NAME", help="what to boot (default: the kernel last built or asked for)")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="DIR",
+        help="build this kernel tree and boot it; exit code 125 if it does not build or boot, for `git bisect run`",
+    )
+    parser.add_argument(
+        "--variant", default="plain", metavar="NAME", help="a machine by name (see `matrix`): npt0, numa2, ..."
+    )
+    parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="how QEMU executes the guest")
+    parser.add_argument("--memory", type=int, default=1536, metavar="MiB", help="the guest's memory (default 1536)")
+    parser.add_argument("--smp", type=int, default=2, metavar="N", help="its CPUs (default 2)")
+    parser.add_argument("--numa", type=int, default=1, metavar="N", help="its NUMA nodes (default 1)")
+    parser.add_argument("--append", default="", metavar="OPTIONS", help="more of the kernel's command line")
+    parser.add_argument("--selftests", metavar="DIR", help="the tests to run (default: those of kvmgmem)")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="what one test may take, before scaling")
+    parser.add_argument("--require", default="", metavar="NAMES", help="requirements whose lack is a failure, not a skip")
+    parser.add_argument("--shell", action="store_true", help="a shell in the guest instead of the selftests")
+    parser.add_argument("--gdb", action="store_true", help="stop before the first instruction, for a debugger")
+    add_output_options(parser)
+
+
+def run_vm(args: argparse.Namespace) -> int:
+    """Boot, run, report; returns the exit code. Raises HarnessError."""
+    _apply_variant(args)
+    _check_numbers(args)
+    qemu = require_qemu()
+    kernel = _built_from(args.source) if args.source else _kernel(args.kernel)
+    accelerator = choose_accelerator(args.accel)
+    image_request = _image_request(args, kernel)
+    results = None if args.shell else results_path(args.results)
+    title = f"{kernel.release} in QEMU ({accelerator.name}: {accelerator.why})"
+    with Progress(f"kvmgmem: {title}") as progress:
+        booted = True
+        image = build_image(image_request, cache_root() / "images", progress.note)
+        machine = _machine(args, kernel, image, accelerator, qemu)
+        if args.gdb:
+            progress.note(_gdb_line(kernel))
+        if results is not None:
+            booted = _supervise(args, kernel, machine, accelerator, results, progress)
+    if results is None:
+        return _shell(machine)
+    status = report(results, args)
+    return status if booted or not args.source else ExitCode.BISECT_SKIP
+
+
+def _apply_variant(args: argparse.Namespace) -> None:
+    """Put the variant's numbers where the command line said nothing of its own."""
+    variant = lookup(args.variant)
+    args.append = f"{variant.append} {args.append}".strip()
+    for name, plain in (("numa", 1), ("smp", 2), ("memory", 1536)):
+        wanted = getattr(variant, name)
+        if wanted is not None and getattr(args, name) == plain:
+            setattr(args, name, wanted)
+
+
+def _built_from(source: Path) -> Kernel:
+    """The kernel of a source tree; one that does not build is nothing that a bisection could judge."""
+    try:
+        return build(source=source)
+    except BuildError as error:
+        raise HarnessError(error.message, error.hint, ExitCode.BISECT_SKIP) from error
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, least in (("memory", 256), ("smp", 1), ("numa", 1)):
+        if getattr(args, name) < least:
+            raise HarnessError(f"--{name} {getattr(args, name)} is too small", f"give at least {least}", ExitCode.USAGE)
+    if args.numa > args.smp:
+        raise HarnessError(f"--numa {args.numa} needs as many CPUs", f"give --smp {args.numa}", ExitCode.USAGE)
+
+
+def _kernel(spec: str | None) -> Kernel:
+    """The kernel asked for; without one the last one built, and on a fresh machine a newly built one."""
+    kernel = resolve(spec) if spec is not None or list_kernels() else build()
+    return replace(kernel, image=require_kernel_image(kernel.image))
+
+
+def _image_request(args: argparse.Namespace, kernel: Kernel) -> ImageRequest:
+    directory = Path(args.selftests) if args.selftests else selftests_directory()
+    return ImageRequest(directory, modules=tuple(kernel.modules), busybox=find_busybox() if args.shell else None)
+
+
+def _machine(args: argparse.Namespace, kernel: Kernel, image: Image, accelerator: Accelerator, qemu: str) -> Machine:
+    return Machine(
+        kernel=kernel.image,
+        initrd=image.path,
+        accelerator=accelerator.name,
+        memory_mib=args.memory,
+        cpus=args.smp,
+        numa_nodes=args.numa,
+        append=args.append,
+        gdb=args.gdb,
+        verbose=args.shell or args.gdb,
+        qemu=qemu,
+    )
+
+
+def _supervise(
+    args: argparse.Namespace,
+    kernel: Kernel,
+    machine: Machine,
+    accelerator: Accelerator,
+    results: Path,
+    progress: Progress,
+) -> bool:
+    """Run the selftests in the guest; whether the kernel got as far as starting one."""
+    time_scale = accelerator.time_scale * FLAVOUR_SLOWNESS.get(kernel.flavour or "", 1.0)
+    # Twice what the runner in the guest allows itself.
+    limits = Limits(test=2 * (args.timeout or DEFAULT_TEST_SECONDS)).scaled(time_scale)
+    request = Request(
+        machine=machine,
+        results=results,
+        pytest_args=_pytest_args(args),
+        flavour=kernel.flavour,
+        time_scale=time_scale,
+        limits=Limits.unlimited() if args.gdb else limits,
+        repeat=repeat_command(args, kernel),
+        console=results.with_suffix(".console"),
+        environment={} if args.variant == "plain" else {"KVMGMEM_VARIANT": args.variant},
+    )
+    supervisor = Supervisor(request, progress)
+    supervisor.run()
+    if supervisor.first_test_after is not None:
+        progress.note(f"first test after {supervisor.first_test_after:.1f} s, {supervisor.boots} boot(s)")
+    return supervisor.first_test_after is not None
+
+
+def _pytest_args(args: argparse.Namespace) -> tuple[str, ...]:
+    words = [*QUIET, f"--require={args.require}"]
+    if args.timeout is not None:
+        words.append(f"--test-timeout={args.timeout:g}")
+    directory = Path(args.selftests) if args.selftests else selftests_directory()
+    return (*words, *(_as_in_guest(word, directory) for word in args.pytest_args))
+
+
+def _as_in_guest(word: str, selftests: Path) -> str:
+    """A path below the selftests directory, maybe with a node id behind it, as the guest's runner sees it."""
+    path, colons, rest = word.partition("::")
+    if word.startswith("-") or not Path(path).exists():
+        return word
+    try:
+        below = Path(path).resolve().relative_to(selftests.resolve().parent)
+    except ValueError:
+        raise HarnessError(
+            f"{path} is not among the selftests of the guest, {selftests}",
+            "name their directory with --selftests",
+            ExitCode.USAGE,
+        ) from None
+    return f"{below}{colons}{rest}"
+
+
+def repeat_command(args: argparse.Namespace, kernel: Kernel) -> str:
+    """The command that runs just one test on just this kernel and machine; `{test}` stands for the node id."""
+    words = ["kvmgmem", "vm", "--kernel", kernel.name]
+    for name, default in (("accel", "auto"), ("memory", 1536), ("smp", 2), ("numa", 1), ("append", ""), ("selftests", None)):
+        if getattr(args, name) != default:
+            words += [f"--{name}", str(getattr(args, name))]
+    return f"{shlex.join(words)} -- {{test}}"
+
+
+def _gdb_line(kernel: Kernel) -> str:
+    vmlinux = shlex.quote(str(kernel.vmlinux)) if kernel.vmlinux else "VMLINUX"
+    return f"waiting for a debugger: gdb {vmlinux} -ex 'target remote :{GDB_PORT}' -ex continue"
+
+
+def _shell(machine: Machine) -> int:
+    """Hand the terminal to the guest's serial console; returns when the shell ends or QEMU is told to quit."""
+    print("kvmgmem: a shell in the guest; `exit` powers it off, Ctrl-A x ends QEMU at once", flush=True)
+    arguments: Sequence[str] = command_line(replace(machine, append=f"{machine.append} kvmgmem.shell".strip()), {})
+    started = time.monotonic()
+    status = subprocess.run(arguments, check=False).returncode
+    if status != 0:
+        raise HarnessError(f"QEMU ended with status {status} after {time.monotonic() - started:.0f} s")
+    return ExitCode.OK

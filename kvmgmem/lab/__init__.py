@@ -1,0 +1,1 @@
+"""The lab: kernels, guest images, the QEMU machine and its supervisor."""

@@ -1,0 +1,131 @@
+"""The matrix: which columns there are, how they run side by side, what is kept and what is done again."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvmgmem.errors import HarnessError
+from kvmgmem.exit_codes import ExitCode
+from kvmgmem.lab import matrix
+from kvmgmem.lab.kernels import Kernel
+from kvmgmem.lab.matrix import Column, plan, run_matrix
+from kvmgmem.lab.variants import VARIANTS, lookup
+from kvmgmem.results.records import Circumstances, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict, to_line
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Any name but `none` is a kernel whose image is a file here."""
+
+    def resolve(spec: str) -> Kernel:
+        if spec == "none":
+            raise HarnessError("no kernel in the cache is called none", "make it")
+        image = tmp_path / f"{spec}.image"
+        if not image.exists():
+            image.write_text(spec)
+        return Kernel(spec, image, spec)
+
+    monkeypatch.setattr(matrix, "resolve", resolve)
+    return tmp_path
+
+
+def names(columns: list[Column]) -> list[str]:
+    return [column.name for column in columns]
+
+
+def test_every_kernel_is_tried_plain_and_on_each_variant(kernels: Path) -> None:
+    """--variant adds a column to every kernel; KERNEL+VARIANT is one column alone; nothing is there twice."""
+    assert names(plan(["7.2", "7.3"], ["npt0"], kernels)) == ["7.2", "7.2+npt0", "7.3", "7.3+npt0"]
+    assert names(plan(["7.3", "7.3+numa2", "7.3"], [], kernels)) == ["7.3", "7.3+numa2"]
+    assert names(plan(["7.3.4+deb13-amd64"], [], kernels)) == ["7.3.4+deb13-amd64"]
+
+
+def test_an_unknown_variant_or_kernel_is_refused(kernels: Path) -> None:
+    """A name that is none is an error before anything is booted, and lists what there is."""
+    with pytest.raises(HarnessError) as caught:
+        plan(["7.3"], ["npt1"], kernels)
+    assert "npt0" in caught.value.hint
+    assert caught.value.code == ExitCode.USAGE
+    with pytest.raises(HarnessError, match="called none"):
+        plan(["none"], [], kernels)
+
+
+def test_variants_are_found_by_name() -> None:
+    """Every variant answers to its name and says why one wants it."""
+    for name, variant in VARIANTS.items():
+        assert lookup(name) is variant
+        assert variant.why
+
+
+FAKE = """
+import sys, time
+from pathlib import Path
+results, text = Path(sys.argv[1]), sys.argv[2]
+Path(str(results) + ".began").write_text(repr(time.time()))
+peers = [Path(word) for word in sys.argv[3:]]
+deadline = time.time() + 20
+while peers and not all(peer.exists() for peer in peers) and time.time() < deadline:
+    time.sleep(0.01)
+results.write_text(text if all(peer.exists() for peer in peers) else "")
+"""
+
+
+def a_run(release: str, verdict: Verdict, whole: bool = True) -> str:
+    """Records of a run of one test."""
+    facts = Circumstances(release, "kvm_amd", "tdp", "tcg", "cpu", (), "guest", "0", "3", "9")
+    records: list[Record] = [RunStart("0" * 32, 1.0, facts), TestStart("t::a", 2.0), TestEnd("t::a", 3.0, verdict)]
+    end: list[Record] = [RunEnd(4.0, 0 if verdict is Verdict.PASSED else 1)] if whole else []
+    return "".join(to_line(record) + "\n" for record in [*records, *end])
+
+
+def arguments(out: Path, *kernel_names: str, jobs: int = 2) -> argparse.Namespace:
+    return argparse.Namespace(kernels=list(kernel_names), variant=[], out=out, jobs=jobs, accel="auto", pytest_args=[])
+
+
+def fake_guests(monkeypatch: pytest.MonkeyPatch, texts: dict[str, str], together: bool = False) -> None:
+    """Columns run a script that leaves these records; `together`: only once all of them have begun."""
+
+    def command(column: Column, args: argparse.Namespace) -> tuple[str, ...]:
+        others = [str(column.directory / f"{name}.jsonl.began") for name in texts] if together else []
+        return (sys.executable, "-c", FAKE, str(column.results), texts[column.kernel.name], *others)
+
+    monkeypatch.setattr(matrix, "_command", command)
+
+
+def test_columns_run_at_the_same_time_and_end_in_one_table(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two jobs run two guests at once; the table names what differs; a page and a report per column are written."""
+    fake_guests(monkeypatch, {"7.2": a_run("7.2", Verdict.FAILED), "7.3": a_run("7.3", Verdict.PASSED)}, together=True)
+    assert run_matrix(arguments(kernels / "out", "7.2", "7.3")) == ExitCode.TEST_FAILED
+    text = capsys.readouterr().out
+    assert "F .  t::a" in text
+    assert {path.name for path in (kernels / "out").iterdir()} >= {"matrix.html", "7.2.ktap", "7.3.junit.xml", "7.3.md"}
+
+
+def test_a_complete_column_is_kept_and_an_interrupted_one_done_again(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running the matrix again redoes only what has no end, or whose kernel or command is another."""
+    out = kernels / "out"
+    fake_guests(monkeypatch, {"7.2": a_run("7.2", Verdict.PASSED, whole=False), "7.3": a_run("7.3", Verdict.PASSED)})
+    assert run_matrix(arguments(out, "7.2", "7.3")) == ExitCode.HARNESS
+    began = {name: (out / f"{name}.jsonl.began").read_text() for name in ("7.2", "7.3")}
+    assert run_matrix(arguments(out, "7.2", "7.3")) == ExitCode.HARNESS
+    assert (out / "7.3.jsonl.began").read_text() == began["7.3"]
+    assert (out / "7.2.jsonl.began").read_text() != began["7.2"]
+    (kernels / "7.3.image").write_text("another kernel")
+    run_matrix(arguments(out, "7.3"))
+    assert (out / "7.3.jsonl.began").read_text() != began["7.3"]
+
+
+def test_a_column_without_records_is_named(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A guest that left nothing is the harness's failure, and the table says where to look."""
+    monkeypatch.setattr(matrix, "_command", lambda column, args: (sys.executable, "-c", "print('no luck')"))
+    assert run_matrix(arguments(kernels / "out", "7.3")) == ExitCode.HARNESS
+    assert "7.3: did not come to a first record" in capsys.readouterr().out
+    assert "no luck" in (kernels / "out" / "7.3.log").read_text()
+    assert json.loads((kernels / "out" / "7.3.key").read_text())["command"]

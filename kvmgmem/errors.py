@@ -141,6 +141,7 @@ class Errno(IntEnum):
     EOWNERDEAD = -130
     ENOTRECOVERABLE = -131
     ERFKILL = -132
+    EHWPOISON = -133
 
     def __repr__(self) -> str:
         return self.name

@@ -130,6 +130,11 @@ class Vcpu(OwnedFd):
         """Make the vCPU leave KVM_RUN, or not enter it at all if it is on the way in."""
         lib.kvmgmem_vcpu_kick(self.kvm_run, self.runner)
 
+    def forget_kick(self) -> None:
+        """Take back a kick that came after KVM_RUN had ended anyway, so that it does not end the next one."""
+        self.runner.kicked = 0
+        self.kvm_run.immediate_exit = 0
+
     def pre_fault(self, gpa: int, size: int) -> tuple[int, int]:
         """Prefault a range; gpa and size of what is left; raises `KvmError`."""
         answer, left_gpa, left_size = self.raw.pre_fault(gpa, size)
@@ -175,7 +180,9 @@ class RunningVcpu:
     def kick(self) -> RunResult:
         """Kick the vCPU out and return how its run ended."""
         self._vcpu.kick()
-        return self.result()
+        result = self.result()
+        self._vcpu.forget_kick()
+        return result
 
     @property
     def alive(self) -> bool:
@@ -186,5 +193,6 @@ class RunningVcpu:
         if self._thread.is_alive():
             self._vcpu.kick()
             self._thread.join(RUN_LIMIT + 5)
+            self._vcpu.forget_kick()
         if self._thread.is_alive():
             raise TimeoutError(f"vCPU {self._vcpu.id} ignored the kick")

@@ -59,6 +59,15 @@ PROGRAM(await, "1: pause\n movq (%rdi), %rax\n cmpq %rsi, %rax\n je 1b\n" REPORT
 /* String output of rcx bytes at rsi to port dx: on most backends this goes through KVM's emulator. */
 PROGRAM(outs, "cld\n rep outsb\n" REPORT);
 
+/* Copy eight bytes from rsi to rdi in one instruction: with one side in no slot, KVM's emulator reaches for the other. */
+PROGRAM(movs8, "cld\n movsq\n" REPORT);
+
+/* Store rsi at rdi, then go on at rdx: code that needs no emulation where it stands, not even for a report. */
+PROGRAM(store8_jump, "movq %rsi, (%rdi)\n jmp *%rdx\n");
+
+/* Raise #UD, so that the processor looks into the interrupt descriptor table. */
+PROGRAM(undefined, "ud2\n" REPORT);
+
 /* CPL 0 only. */
 PROGRAM(halt, "1: hlt\n jmp 1b\n");
 PROGRAM(vmcall, "vmcall\n" REPORT);
@@ -73,8 +82,8 @@ static const struct {
 } programs[] = {
 	ENTRY(load1), ENTRY(load2), ENTRY(load4), ENTRY(load8), ENTRY(store1), ENTRY(store2), ENTRY(store4),
 	ENTRY(store8), ENTRY(store_each), ENTRY(check_each), ENTRY(check_same), ENTRY(jump), ENTRY(report),
-	ENTRY(spin), ENTRY(watch), ENTRY(hammer), ENTRY(await), ENTRY(outs), ENTRY(halt), ENTRY(vmcall),
-	ENTRY(vmmcall),
+	ENTRY(spin), ENTRY(watch), ENTRY(hammer), ENTRY(await), ENTRY(outs), ENTRY(movs8), ENTRY(store8_jump),
+	ENTRY(undefined), ENTRY(halt), ENTRY(vmcall), ENTRY(vmmcall),
 };
 
 int kvmgmem_guest_program_count(void)

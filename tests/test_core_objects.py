@@ -235,6 +235,11 @@ def test_a_kick_ends_a_run_and_one_before_it_too(vm: Vm) -> None:
     early = cpu.run(5)
     assert (early.answer, early.kicked, early.expired) == (Errno.EINTR, True, False)
     assert isinstance(cpu.attempt("report").exit, IoExit)
+    cpu.start("report")
+    with cpu.running() as run:
+        run.result()
+        assert isinstance(run.kick().exit, IoExit), "a kick after the end changes nothing"
+    assert isinstance(cpu.attempt("report").exit, IoExit)
     cpu.close()
     machine.close()
 

@@ -5,6 +5,7 @@ would then read guest memory through userspace_addr instead of faulting (seen on
 exception in the guest is a triple fault and ends in a SHUTDOWN exit.
 """
 
+import struct
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -48,6 +49,7 @@ class Mode(Enum):
 
     USER = "long mode, CPL 3, IOPL 3"
     KERNEL = "long mode, CPL 0"
+    COMPATIBILITY = "long mode, CPL 0, 32-bit code segment"
     REAL = "real mode"
 
 
@@ -60,6 +62,15 @@ def programs() -> dict[str, bytes]:
         lib.kvmgmem_guest_program_get(index, raw)
         found[ffi.string(raw.name).decode()] = bytes(ffi.buffer(raw.code, raw.size))
     return found
+
+
+def identity_tables(gpa: int) -> bytes:
+    """Page tables, to lie at `gpa` with their root first, that map the first 4 GiB to themselves with 2 MiB pages."""
+    pdpt, directories = gpa + 0x1000, [gpa + 0x2000 + 0x1000 * index for index in range(4)]
+    root = struct.pack("<512Q", pdpt | _TABLE, *[0] * 511)
+    upper = struct.pack("<512Q", *[directory | _TABLE for directory in directories], *[0] * 508)
+    pages = struct.pack("<2048Q", *[page * 2 * MiB | _TABLE | PTE_LARGE for page in range(4 * 512)])
+    return root + upper + pages
 
 
 @dataclass(frozen=True)
@@ -84,9 +95,7 @@ class GuestMachine:
 
     _CODE = 0x0000
     _TSS = 0x0E00
-    _PML4 = 0x1000
-    _PDPT = 0x2000
-    _PD = 0x3000  # four of them
+    _PML4 = 0x1000  # and what else identity_tables() makes
     _FREE = 0x7000
 
     def __init__(self, vm: Vm, *, gpa: int = SUPPORT_GPA, slot: int = SUPPORT_SLOT) -> None:
@@ -97,7 +106,7 @@ class GuestMachine:
         self._entry: dict[str, int] = {}
         self._next_table = self._FREE
         self._write_programs()
-        self._write_identity()
+        self.memory.write(self._PML4, identity_tables(self.cr3))
         vm.set_region(MemoryRegion(slot, gpa, SUPPORT_SIZE, self.memory.address))
 
     def _write_programs(self) -> None:
@@ -111,14 +120,6 @@ class GuestMachine:
         self.memory.store(TSS_IO_MAP, self._TSS + 102, width=2)
         # What ends an I/O permission bitmap is a byte of ones.
         self.memory.store(0xFF, self._TSS + TSS_LIMIT, width=1)
-
-    def _write_identity(self) -> None:
-        self.memory.store(self.gpa + self._PDPT | _TABLE, self._PML4)
-        for index in range(4):
-            table = self._PD + 0x1000 * index
-            self.memory.store(self.gpa + table | _TABLE, self._PDPT + 8 * index)
-            entries = ((index * GiB + page * 2 * MiB | _TABLE | PTE_LARGE).to_bytes(8, "little") for page in range(512))
-            self.memory.write(table, b"".join(entries))
 
     def entry(self, program: str) -> int:
         """The guest address of a program."""
@@ -179,7 +180,29 @@ class GuestCpu:
             sregs.cs.base, sregs.cs.selector = 0, 0
         else:
             _set_long_mode(sregs, self.machine, 3 if self.mode is Mode.USER else 0)
+            if self.mode is Mode.COMPATIBILITY:
+                sregs.cs.l, sregs.cs.db = 0, 1
         _must("KVM_SET_SREGS", self.vcpu.raw.set_sregs(sregs))
+
+    def set_page_tables(self, root: int) -> None:
+        """Use the page tables whose root lies at this guest physical address (CR3)."""
+        answer, sregs = self.vcpu.raw.get_sregs()
+        _must("KVM_GET_SREGS", answer)
+        sregs.cr3 = root
+        _must("KVM_SET_SREGS", self.vcpu.raw.set_sregs(sregs))
+
+    def set_interrupt_table(self, base: int, limit: int = 0xFFF) -> None:
+        """Let the processor look for its interrupt descriptor table at a linear address (IDTR)."""
+        answer, sregs = self.vcpu.raw.get_sregs()
+        _must("KVM_GET_SREGS", answer)
+        sregs.idt = {"base": base, "limit": limit}
+        _must("KVM_SET_SREGS", self.vcpu.raw.set_sregs(sregs))
+
+    def set_msr(self, index: int, value: int) -> Answer:
+        """Set a model specific register (KVM_SET_MSRS, api.rst 4.19): 1 if it was set, 0 if the vCPU refuses it."""
+        msrs = ffi.new("struct kvm_msrs *", {"nmsrs": 1, "entries": 1})
+        msrs.entries[0] = {"index": index, "data": value}
+        return self.vcpu.raw.ioctl_struct(lib.KVM_SET_MSRS, msrs)
 
     def start(self, program: str | int, **registers: int) -> None:
         """Point the vCPU at a program (or an address) with these registers, all others zero."""
@@ -210,6 +233,14 @@ class GuestCpu:
     def call(self, program: str | int, timeout: float = RUN_LIMIT, **registers: int) -> Registers:
         """Start a program and wait for its report; raises `GuestError` at any other exit."""
         return self.finish(self.attempt(program, timeout, **registers))
+
+    def answer_mmio(self, data: int) -> RunResult:
+        """Complete a pending MMIO read with this value, little endian, and run on.
+
+        Before that the registers must not be touched: the next KVM_RUN finishes the old instruction (api.rst section 5).
+        """
+        self.vcpu.kvm_run.mmio.data = data.to_bytes(8, "little")
+        return self.run()
 
     def finish(self, result: RunResult) -> Registers:
         """The registers of a run that must have ended in a report; raises `GuestError` otherwise."""
@@ -266,9 +297,27 @@ def is_report(result: RunResult) -> bool:
     return isinstance(result.exit, IoExit) and result.exit.port == REPORT_PORT
 
 
+def hypercall_program(backend: str) -> str:
+    """The program with the hypercall instruction that the vendor's processors know; kvm-pvm takes AMD's."""
+    return "vmcall" if backend == "kvm_intel" else "vmmcall"
+
+
 def set_supported_cpuid(vcpu: Vcpu) -> None:
     """Give the vCPU everything that KVM supports (KVM_SET_CPUID2, api.rst 4.64); long mode needs its bit."""
     _must("KVM_SET_CPUID2", vcpu.raw.ioctl_struct(lib.KVM_SET_CPUID2, _supported_cpuid()))
+
+
+@cache
+def max_gpa_bits(paging: str) -> int:
+    """Width of the largest guest physical address that a slot may have (x86: mmu.h:kvm_mmu_max_gfn).
+
+    With `paging` "tdp" it is the host's MAXPHYADDR, which CPUID leaf 0x80000008 passes on; shadow paging allows all 52 bits.
+    """
+    if paging != "tdp":
+        return 52
+    cpuid = _supported_cpuid()
+    found = (cpuid.entries[i] for i in range(cpuid.nent))
+    return next((int(entry.eax & 0xFF) for entry in found if entry.function == 0x8000_0008), 36)
 
 
 @cache
@@ -283,8 +332,10 @@ def _supported_cpuid() -> Any:
 
 
 def _set_long_mode(sregs: Any, machine: GuestMachine, cpl: int) -> None:
-    code = {"limit": 0xFFFF_FFFF, "selector": 0x30 | cpl, "type": 11, "present": 1, "dpl": cpl, "s": 1, "l": 1, "g": 1}
-    data = {"limit": 0xFFFF_FFFF, "selector": 0x28 | cpl, "type": 3, "present": 1, "dpl": cpl, "s": 1, "db": 1, "g": 1}
+    # The base too: cffi leaves alone what is not named, and at reset the code segment's is 0xffff0000.
+    flat = {"base": 0, "limit": 0xFFFF_FFFF, "present": 1, "dpl": cpl, "s": 1, "g": 1}
+    code = {**flat, "selector": 0x30 | cpl, "type": 11, "l": 1}
+    data = {**flat, "selector": 0x28 | cpl, "type": 3, "db": 1}
     sregs.cs = code
     for name in ("ds", "es", "fs", "gs", "ss"):
         setattr(sregs, name, data)

@@ -10,6 +10,8 @@ from typing import Self
 from kvmgmem.errors import HarnessError
 from kvmgmem.testing.waiting import wait_until
 
+_VERSION1 = {"file": "cache", "file_mapped": "mapped_file", "file_dirty": "dirty"}
+
 
 class MemoryCgroup:
     """A cgroup with the memory controller, of either version (admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst).
@@ -67,6 +69,15 @@ class MemoryCgroup:
             return int((self.path / "memory.kmem.usage_in_bytes").read_text())
         lines = (self.path / "memory.stat").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("kernel "))
+
+    def stat(self, name: str) -> int:
+        """A field of memory.stat by its name in version 2 (`file`, `shmem`, `unevictable`, ...), in bytes.
+
+        The kernel may be behind by 64 pages a CPU for each of its flushes (mm/memcontrol.c: memcg_vmstats_needs_flush).
+        """
+        wanted = name if self._version2 else _VERSION1.get(name, name)
+        lines = (self.path / "memory.stat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.split()[0] == wanted)
 
     def limit(self, size: int) -> None:
         """Let the group hold no more than `size` bytes."""

@@ -34,6 +34,7 @@ lint: setup ## ruff, mypy, and a build of the C with all warnings as errors
 	scripts/lint-native
 
 check: setup ## the harness's own tests
+	@$(VENV)/bin/kvmgmem kernel headers >/dev/null || echo "kvmgmem: the uAPI header is not compared with the kernel's" >&2
 	$(PY) -m pytest tests -q
 
 bench-harness: setup ## how fast the harness is; ratios from one run, never a verdict

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmgmem._native import ffi, lib
+from kvmgmem.lab.kernel_headers import cached_headers
 
 NATIVE = Path(__file__).parent.parent / "native"
 CONSTANT = re.compile(r"^#define ((?:KVM|GUEST)_[A-Z0-9_]+) ", re.MULTILINE)
@@ -19,21 +20,14 @@ RENAMED = {("kvm_run", "sync_regs"): "s"}
 
 
 def _headers() -> Path | None:
-    """A directory with linux/kvm.h of at least 6.18: named by the environment, of a kernel built here, or the system's."""
+    """A directory with linux/kvm.h of at least 6.18: named by the environment, fetched before, or the system's."""
     places = [Path(text) for text in (os.environ.get("KVMGMEM_KERNEL_HEADERS", ""),) if text]
-    places += _headers_of_built_kernels()
-    places.append(Path("/usr/include"))
+    places += [place for place in (cached_headers(), Path("/usr/include")) if place]
     for place in places:
         header = place / "linux/kvm.h"
         if header.exists() and "KVM_CAP_GUEST_MEMFD_FLAGS" in header.read_text():
             return place
     return None
-
-
-def _headers_of_built_kernels() -> list[Path]:
-    from kvmgmem.lab import kernels
-
-    return [kernel.image.parent / "headers/include" for kernel in kernels.list_kernels()]
 
 
 def _constants() -> Iterator[str]:
@@ -69,9 +63,7 @@ def _compile(directory: Path, headers: Path, lines: list[str]) -> subprocess.Com
 def headers() -> Path:
     found = _headers()
     if found is None:
-        pytest.skip(
-            "no <linux/kvm.h> of 6.18 or newer: build a kernel, or set KVMGMEM_KERNEL_HEADERS (make headers_install)"
-        )
+        pytest.skip("no <linux/kvm.h> of 6.18 or newer: kvmgmem kernel headers, or set KVMGMEM_KERNEL_HEADERS")
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
     return found

@@ -27,6 +27,8 @@ def add_kernel_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     fetch = verbs.add_parser("fetch", help="fetch a ready-made kernel of the distribution, with the modules KVM needs")
     fetch.add_argument("release", nargs="?", help="a release such as 6.12 (default: the newest that the archive has)")
     fetch.add_argument("--refresh", action="store_true", help="look for a newer package than the one fetched before")
+    headers = verbs.add_parser("headers", help="fetch the newest kernel's uAPI headers, for `make check`")
+    headers.add_argument("--refresh", action="store_true", help="look for newer ones than those fetched before")
     listing = verbs.add_parser("list", help="list the kernels in the cache")
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
     removal = verbs.add_parser("rm", help="remove kernels, or what building them left behind")
@@ -37,7 +39,7 @@ def add_kernel_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
 
 def run_kernel(args: argparse.Namespace) -> int:
     """Do what the `kernel` verb was asked for. Raises HarnessError like everything below it."""
-    verbs = {"build": _build, "fetch": _fetch, "list": _list, "rm": _remove}
+    verbs = {"build": _build, "fetch": _fetch, "headers": _headers, "list": _list, "rm": _remove}
     verbs[args.kernel_verb](args)
     return ExitCode.OK
 
@@ -52,6 +54,12 @@ def _fetch(args: argparse.Namespace) -> None:
     from kvmgmem.lab.kernel_fetch import fetch
 
     print("\n".join(kernels.summary(fetch(args.release, args.refresh))))
+
+
+def _headers(args: argparse.Namespace) -> None:
+    from kvmgmem.lab.kernel_headers import fetch_headers
+
+    print(fetch_headers(args.refresh))
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """The kernel's own uAPI headers, newest that the archive has: what our header is compared with."""
 
+import platform
 import re
 from pathlib import Path
 
@@ -9,7 +10,11 @@ from kvmgmem.lab.apt import AptArchive
 from kvmgmem.lab.kernel_source import deb_files, downloaded, slug
 from kvmgmem.lab.progress import Progress
 
-_HEADER = re.compile(r"\./(usr/include/(?:[^/]+-linux-gnu/)?(?:linux|asm|asm-generic)/.*\.h)")
+# Debian keeps an architecture's asm/ below its triplet, since linux-libc-dev is one package for all below lib/linux/uapi.
+_ARCHITECTURES = {"x86_64": ("x86_64-linux-gnu", "x86"), "aarch64": ("aarch64-linux-gnu", "arm64")}
+_TRIPLET, _KERNEL_ARCH = _ARCHITECTURES.get(platform.machine(), ("", ""))
+_PLACES = rf"(?:usr/include/(?:{_TRIPLET}/)?|usr/lib/linux/uapi/{_KERNEL_ARCH}/)"
+_HEADER = re.compile(rf"\./{_PLACES}((?:linux|asm|asm-generic)/.*\.h)")
 
 
 def fetch_headers(refresh: bool = False) -> Path:
@@ -51,8 +56,4 @@ def _extract(deb: Path, folder: Path) -> None:
             match = _HEADER.fullmatch(member.name)
             source = archive.extractfile(member) if match and member.isfile() else None
             if match and source:
-                cache.write_file(_include(folder) / _below_include(match[1]), source.read())
-
-
-def _below_include(name: str) -> str:
-    return re.sub(r"usr/include/(?:[^/]+-linux-gnu/)?", "", name)
+                cache.write_file(_include(folder) / match[1], source.read())

@@ -14,6 +14,7 @@ class Advice(IntEnum):
     DOFORK = 11
     MERGEABLE = 12
     HUGEPAGE = 14
+    NOHUGEPAGE = 15
     WIPEONFORK = 18
     COLD = 20
     PAGEOUT = 21

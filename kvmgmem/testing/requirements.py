@@ -186,6 +186,11 @@ _ALL = [
         "memcg", _cgroup, "no memory cgroup can be made here (it needs root, CONFIG_MEMCG, and the hierarchy mounted)"
     ),
     Requirement(
+        "gmem-inode-cache",
+        lambda host: not host.root or "\nkvm_gmem_inode_cache " in _text("/proc/slabinfo"),
+        "this kernel takes the inodes of gmems from no cache of their own (kvm_gmem_inode_cache, since 6.19)",
+    ),
+    Requirement(
         "fault-injection",
         lambda _: Path("/proc/self/fail-nth").exists(),
         "this kernel cannot inject failures (/proc/self/fail-nth: CONFIG_FAULT_INJECTION)",
@@ -211,6 +216,13 @@ _ALL = [
         "trace-events",
         lambda host: host.root and "tracefs" in _text("/proc/filesystems").split(),
         "needs root and trace events (CONFIG_FTRACE and CONFIG_ENABLE_DEFAULT_TRACERS or another tracer)",
+    ),
+    Requirement(
+        "text-patching",
+        # Seen with QEMU 7.2 and Linux 7.3.4: while the kernel switches a trace point on, another CPU oopses on the int3
+        # that covers the change (arch/x86/kernel/alternative.c, smp_text_poke_batch_finish).
+        lambda host: os.environ.get("KVMGMEM_ACCELERATOR") != "tcg" or host.cpu_count == 1,
+        "QEMU's TCG breaks kernels that patch their own code while other CPUs run it; give the guest one CPU (--smp 1)",
     ),
     Requirement(
         "direct-io",

@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -55,17 +54,18 @@ def run_isolated(item: pytest.Item, limit: float) -> ChildOutcome:
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
-    with tempfile.TemporaryFile() as dump:
+    dump = os.memfd_create("kvmgmem-stacks")
+    try:
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _child(item, writer, dump.fileno())
+            _child(item, writer, dump)
         os.close(writer)
         outcome = ChildOutcome(pids={pid})
         try:
             text = _read_until_closed(reader, limit, outcome)
             if outcome.timed_out:
-                outcome.where = _where_it_hangs(pid, dump.fileno())
+                outcome.where = _where_it_hangs(pid, dump)
         except KeyboardInterrupt:
             outcome.timed_out = True
             _reap(pid, outcome)
@@ -74,6 +74,8 @@ def run_isolated(item: pytest.Item, limit: float) -> ChildOutcome:
         finally:
             os.close(reader)
         _reap(pid, outcome)
+    finally:
+        os.close(dump)
     _end_strays(outcome)
     _parse(item, text, outcome)
     return outcome

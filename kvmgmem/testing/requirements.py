@@ -106,6 +106,21 @@ _ALL = [
         _offers(VmType.SW_PROTECTED),
         "this KVM offers no software-protected VM (bit 1 of KVM_CAP_VM_TYPES: CONFIG_KVM_SW_PROTECTED_VM and the TDP MMU)",
     ),
+    Requirement(
+        "sev-code",
+        lambda host: _has_sev_code(host),
+        "this KVM has no SEV code: it refuses to mirror and move without looking (not kvm_amd, or no CONFIG_KVM_AMD_SEV)",
+    ),
+    Requirement(
+        "no-sev-code",
+        lambda host: host.machine == "x86_64" and not _has_sev_code(host),
+        "this KVM has SEV code (CONFIG_KVM_AMD_SEV), the row is about those without",
+    ),
+    Requirement(
+        "no-encryption",
+        lambda host: not (host.offers(VmType.SEV) or host.offers(VmType.TDX)),
+        "this KVM offers encrypted VMs, the row is about those that do not",
+    ),
     Requirement("sev", _offers(VmType.SEV), "this KVM offers no SEV VM (bit 2 of KVM_CAP_VM_TYPES)"),
     Requirement("sev-es", _offers(VmType.SEV_ES), "this KVM offers no SEV-ES VM (bit 3 of KVM_CAP_VM_TYPES)"),
     Requirement("snp", _offers(VmType.SNP), "this KVM offers no SEV-SNP VM (bit 4 of KVM_CAP_VM_TYPES)"),
@@ -233,6 +248,16 @@ _ALL = [
         "userfaultfd", lambda _: _has_symbol_of_userfaultfd(), "this kernel has no userfaultfd (CONFIG_USERFAULTFD)"
     ),
 ]
+
+
+def _has_sev_code(host: Host) -> bool:
+    from kvmgmem.kvm import Kvm
+    from kvmgmem.testing.encryption import looks_at_descriptors
+
+    if host.machine != "x86_64":
+        return False
+    with Kvm.open() as kvm, kvm.create_vm() as vm:
+        return looks_at_descriptors(vm)
 
 
 def _opens_for_direct_io() -> bool:

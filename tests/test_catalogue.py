@@ -184,9 +184,7 @@ def test_bug_by_id_and_by_short_name() -> None:
     assert known_bugs.get("B24").fix == "no fix known"
 
 
-@pytest.mark.parametrize(
-    ("wanted", "suggested"), [("B26", "B2"), ("b14", "B14"), ("overlap-einval", "overlap-is-einval")]
-)
+@pytest.mark.parametrize(("wanted", "suggested"), [("B26", "B2"), ("b14", "B14"), ("overlap-einval", "overlap-is-einval")])
 def test_unknown_bug_is_refused_with_a_suggestion(wanted: str, suggested: str) -> None:
     """An id or short name without a bug is refused, and the nearest one is named."""
     with pytest.raises(HarnessError, match=f"^'{wanted}' is not the id of a known bug$") as caught:

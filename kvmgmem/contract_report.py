@@ -71,11 +71,19 @@ def asserting_tests(selftests: Path) -> Mapping[str, list[str]]:
 
 def _rows_in(tree: ast.Module) -> Iterator[tuple[str, str]]:
     """The rows that `contract(...)` names in the decorators of a module's tests, parameters' marks included."""
+    shared = _assignments(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             for decorator in node.decorator_list:
-                for row_id in _named(decorator):
+                written_out = shared.get(decorator.id, decorator) if isinstance(decorator, ast.Name) else decorator
+                for row_id in _named(written_out):
                     yield row_id, node.name
+
+
+def _assignments(tree: ast.Module) -> Mapping[str, ast.expr]:
+    """What the module's names stand for: a decorator that several tests share is written out once."""
+    plain = [node for node in tree.body if isinstance(node, ast.Assign)]
+    return {name.id: node.value for node in plain for name in node.targets if isinstance(name, ast.Name)}
 
 
 def _named(decorator: ast.AST) -> Iterator[str]:

@@ -184,9 +184,14 @@ def test_rows_are_found_in_the_source(tmp_path: Path) -> None:
     (selftests / "test_x.py").write_text(
         '@contract("GM-VM-001")\n@pytest.mark.parametrize("x", [pytest.param(1, marks=contract("C1"))])\n'
         "def test_a(kvm, x): pass\ndef test_b(kvm): pass\n"
+        'BOTH = pytest.mark.parametrize("y", [pytest.param(1, marks=contract("C2"))])\n@BOTH\ndef test_c(kvm, y): pass\n'
     )
     tests = asserting_tests(selftests)
-    assert tests == {"GM-VM-001": ["selftests/test_x.py::test_a"], "C1": ["selftests/test_x.py::test_a"]}
+    assert tests == {
+        "GM-VM-001": ["selftests/test_x.py::test_a"],
+        "C1": ["selftests/test_x.py::test_a"],
+        "C2": ["selftests/test_x.py::test_c"],
+    }
     unasserted = [entry.row.id for entry in report(tests, []) if not entry.tests]
     assert "GM-VM-002" in unasserted
     assert "GM-VM-001" not in unasserted

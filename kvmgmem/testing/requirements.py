@@ -90,6 +90,16 @@ def _switched_on(host: Host, *parameters: str) -> bool:
     return any(host.parameters.get(parameter) in ("Y", "1") for parameter in parameters)
 
 
+def _has_sev_code(host: Host) -> bool:
+    from kvmgmem.kvm import Kvm
+    from kvmgmem.testing.encryption import looks_at_descriptors
+
+    if host.machine != "x86_64":
+        return False
+    with Kvm.open() as kvm, kvm.create_vm() as vm:
+        return looks_at_descriptors(vm)
+
+
 _ALL = [
     Requirement(
         "guest-memfd",
@@ -108,7 +118,7 @@ _ALL = [
     ),
     Requirement(
         "sev-code",
-        lambda host: _has_sev_code(host),
+        _has_sev_code,
         "this KVM has no SEV code: it refuses to mirror and move without looking (not kvm_amd, or no CONFIG_KVM_AMD_SEV)",
     ),
     Requirement(
@@ -248,16 +258,6 @@ _ALL = [
         "userfaultfd", lambda _: _has_symbol_of_userfaultfd(), "this kernel has no userfaultfd (CONFIG_USERFAULTFD)"
     ),
 ]
-
-
-def _has_sev_code(host: Host) -> bool:
-    from kvmgmem.kvm import Kvm
-    from kvmgmem.testing.encryption import looks_at_descriptors
-
-    if host.machine != "x86_64":
-        return False
-    with Kvm.open() as kvm, kvm.create_vm() as vm:
-        return looks_at_descriptors(vm)
 
 
 def _opens_for_direct_io() -> bool:

@@ -59,6 +59,7 @@ def _pytest(args: argparse.Namespace, results: Path) -> int:
     words = [*QUIET, f"--results={results}", f"--require={args.require}", f"--effort={args.effort}"]
     words += ["--disruptive"] if args.disruptive else []
     sys.stdout.flush()
+    os.environ["KVMGMEM_NO_SUMMARY"] = "1"  # the report at the end writes it
     return int(pytest.main([*words, *args.pytest_args, *default_paths(args.pytest_args)]))
 
 

@@ -684,9 +684,12 @@ def test_running_vcpu_never_sees_garbage(
     memory.store(OLD)
     memory.store(NEW, PAGE_SIZE)
     with zap_all_quirk(vm, quirk):
-        vm.set_region(plain)
         cpu.start("watch", rdi=GPA, rsi=OLD, rdx=NEW)
         with Watcher(cpu) as watcher:
+            # Without a slot each read is an exit, so this proves that the vCPU runs before the slot starts to change: on a
+            # busy machine all rounds can be over before its thread is scheduled once.
+            watcher.wait_for_mmio()
+            vm.set_region(plain)
             for index in range(round(24 * request.config.getoption("--effort"))):
                 if change == "move":
                     vm.set_region(plain.but(gpa=GPA if index % 2 else ELSEWHERE))

@@ -53,6 +53,16 @@ PROGRAM(watch, "1: movq (%rdi), %rax\n incq %rcx\n cmpq %rsi, %rax\n je 1b\n cmp
 /* Store a growing counter at rdi for ever. */
 PROGRAM(hammer, "1: incq %rax\n movq %rax, (%rdi)\n jmp 1b\n");
 
+/*
+ * Go over the pages of [r8, r9) for ever, from rdi on: report in rax what is neither 0, rsi nor rdx at a page's start, or not
+ * 0 in its middle. rbx, unless 0, is stored where a page begins with 0; rcx counts the pages.
+ */
+PROGRAM(patrol, "1: movq (%rdi), %rax\n incq %rcx\n testq %rax, %rax\n jz 2f\n cmpq %rsi, %rax\n je 3f\n cmpq %rdx, %rax\n je 3f\n"
+	" jmp 777f\n"
+	"2: testq %rbx, %rbx\n jz 3f\n movq %rbx, (%rdi)\n"
+	"3: movq 2048(%rdi), %rax\n testq %rax, %rax\n jnz 777f\n addq $4096, %rdi\n cmpq %r9, %rdi\n jb 1b\n movq %r8, %rdi\n jmp 1b\n"
+	REPORT);
+
 /* Wait until rdi holds something other than rsi, then report it. */
 PROGRAM(await, "1: pause\n movq (%rdi), %rax\n cmpq %rsi, %rax\n je 1b\n" REPORT);
 
@@ -82,7 +92,7 @@ static const struct {
 } programs[] = {
 	ENTRY(load1), ENTRY(load2), ENTRY(load4), ENTRY(load8), ENTRY(store1), ENTRY(store2), ENTRY(store4),
 	ENTRY(store8), ENTRY(store_each), ENTRY(check_each), ENTRY(check_same), ENTRY(jump), ENTRY(report),
-	ENTRY(spin), ENTRY(watch), ENTRY(hammer), ENTRY(await), ENTRY(outs), ENTRY(movs8), ENTRY(store8_jump),
+	ENTRY(spin), ENTRY(watch), ENTRY(hammer), ENTRY(await), ENTRY(patrol), ENTRY(outs), ENTRY(movs8), ENTRY(store8_jump),
 	ENTRY(undefined), ENTRY(halt), ENTRY(vmcall), ENTRY(vmmcall),
 };
 

@@ -72,18 +72,21 @@ def run_vm(args: argparse.Namespace) -> int:
     accelerator = choose_accelerator(args.accel)
     image_request = _image_request(args, kernel)
     results = None if args.shell else results_path(args.results)
-    title = f"{kernel.release} in QEMU ({accelerator.name}: {accelerator.why})"
-    with Progress(f"kvmgmem: {title}") as progress:
-        booted = True
+    with Progress(f"kvmgmem: {kernel.release} in QEMU, {accelerator.name}") as progress:
+        if args.accel == "auto":
+            progress.note(f"kvmgmem: {accelerator.name}, because {accelerator.why}")
         image = build_image(image_request, cache_root() / "images", progress.note)
         machine = _machine(args, kernel, image, accelerator, qemu)
         if args.gdb:
             progress.note(_gdb_line(kernel))
-        if results is not None:
-            booted = _supervise(args, kernel, machine, accelerator, results, progress)
-    if results is None:
+        supervisor = _supervise(args, kernel, machine, accelerator, results, progress) if results else None
+    if results is None or supervisor is None:
         return _shell(machine)
+    if not supervisor.records:
+        print(supervisor.runner_output.rstrip())  # pytest was to list tests, not to run any
+        return ExitCode.OK
     status = report(results, args)
+    booted = supervisor.first_test_after is not None
     return status if booted or not args.source else ExitCode.BISECT_SKIP
 
 
@@ -146,8 +149,8 @@ def _supervise(
     accelerator: Accelerator,
     results: Path,
     progress: Progress,
-) -> bool:
-    """Run the selftests in the guest; whether the kernel got as far as starting one."""
+) -> Supervisor:
+    """Run the selftests in the guest; the supervisor knows what came of it."""
     time_scale = accelerator.time_scale * FLAVOUR_SLOWNESS.get(kernel.flavour or "", 1.0)
     # Twice what the runner in the guest allows itself.
     limits = Limits(test=2 * (args.timeout or DEFAULT_TEST_SECONDS)).scaled(time_scale)
@@ -165,8 +168,9 @@ def _supervise(
     supervisor = Supervisor(request, progress)
     supervisor.run()
     if supervisor.first_test_after is not None:
-        progress.note(f"first test after {supervisor.first_test_after:.1f} s, {supervisor.boots} boot(s)")
-    return supervisor.first_test_after is not None
+        boots = "1 boot" if supervisor.boots == 1 else f"{supervisor.boots} boots"
+        progress.note(f"first test after {supervisor.first_test_after:.1f} s, {boots}")
+    return supervisor
 
 
 def _pytest_args(args: argparse.Namespace) -> tuple[str, ...]:

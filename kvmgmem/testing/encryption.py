@@ -1,6 +1,10 @@
-"""Encrypted VMs: AMD SEV, SEV-ES and SEV-SNP (virt/kvm/x86/amd-memory-encryption.rst), made and launched step by step."""
+"""Encrypted VMs, made and launched step by step.
+
+AMD SEV, SEV-ES and SEV-SNP: virt/kvm/x86/amd-memory-encryption.rst; Intel TDX: virt/kvm/x86/intel-tdx.rst (Linux 7.3).
+"""
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +17,7 @@ from kvmgmem._native import ffi, lib
 from kvmgmem.abi import PAGE_SIZE, Cap
 from kvmgmem.errors import Answer, Errno
 from kvmgmem.fd import OwnedFd
+from kvmgmem.vcpu import Vcpu
 from kvmgmem.vm import Vm
 
 SEV_LAUNCH_UPDATE_VMSA = 4
@@ -101,3 +106,55 @@ def snp_update(vm: Vm, device: int, request: SnpUpdate) -> tuple[Answer, SnpUpda
 def looks_at_descriptors(vm: Vm) -> bool:
     """Whether this KVM has SEV code: it then looks at the source of a mirror before anything else."""
     return mirror(vm, -1) == Errno.EBADF
+
+
+TDX_GPA_BITS = 48
+"""Width of a trust domain's addresses here; the upper half of them is shared memory."""
+
+_CAP_SPLIT_IRQCHIP = 121
+_CPUID_WIDTHS = 0x8000_0008
+_XFAM_X87_SSE = 3
+# struct kvm_tdx_capabilities: 256 words of which the second is supported_xfam, then a struct kvm_cpuid2.
+_TDX_CAPABILITIES_SIZE = 8 * 256
+_TDX_XFAM_AT = 8
+_TDX_CPUIDS = 256
+
+
+def tdx_command(of: Vm | Vcpu, command: int, data: Any = ffi.NULL) -> Answer:
+    """KVM_MEMORY_ENCRYPT_OP of a TDX VM or vCPU with a command and its structure."""
+    request = ffi.new("struct kvm_tdx_cmd *", {"id": command, "data": entry.address_of(data)})
+    return of.raw.ioctl_struct(lib.KVM_MEMORY_ENCRYPT_OP, request)
+
+
+def tdx_init(vm: Vm) -> Answer:
+    """KVM_TDX_INIT_VM with the fewest features: x87 and SSE, no attributes; what it needs before that is asserted."""
+    vm.enable_cap(_CAP_SPLIT_IRQCHIP, 24)
+    capabilities = ffi.new("char[]", _TDX_CAPABILITIES_SIZE + 8 + 40 * _TDX_CPUIDS)
+    struct.pack_into("<I", ffi.buffer(capabilities), _TDX_CAPABILITIES_SIZE, _TDX_CPUIDS)
+    assert tdx_command(vm, lib.KVM_TDX_CAPABILITIES, capabilities) == 0
+    (xfam,) = struct.unpack_from("<Q", ffi.buffer(capabilities), _TDX_XFAM_AT)
+    # struct kvm_tdx_init_vm: 256 bytes, then a struct kvm_cpuid2 of one entry.
+    fields = struct.pack("<QQ240x", 0, xfam & _XFAM_X87_SSE)
+    cpuid = struct.pack("<II", 1, 0) + struct.pack("<10I", _CPUID_WIDTHS, 0, 0, TDX_GPA_BITS << 16, 0, 0, 0, 0, 0, 0)
+    return tdx_command(vm, lib.KVM_TDX_INIT_VM, ffi.new("char[]", fields + cpuid))
+
+
+@dataclass(frozen=True)
+class TdxRegion:
+    """A request to populate a trust domain's memory: addresses in bytes, `source` in this process."""
+
+    gpa: int
+    source: int
+    pages: int = 1
+
+    def but(self, **changes: int) -> "TdxRegion":
+        """The same request with some fields changed."""
+        return replace(self, **changes)
+
+
+def tdx_populate(vcpu: Vcpu, request: TdxRegion) -> tuple[Answer, TdxRegion]:
+    """KVM_TDX_INIT_MEM_REGION: the answer, and the request as the kernel left it."""
+    fields = {"source_addr": request.source, "gpa": request.gpa, "nr_pages": request.pages}
+    raw = ffi.new("struct kvm_tdx_init_mem_region *", fields)
+    answer = tdx_command(vcpu, lib.KVM_TDX_INIT_MEM_REGION, raw)
+    return answer, TdxRegion(raw.gpa, raw.source_addr, raw.nr_pages)

@@ -1,0 +1,339 @@
+"""PID 1 of the guest: mounts, says hello, runs pytest in a child, shows signs of life, says goodbye, powers off.
+
+Two virtio-serial ports, because the kernel lets one process at a time open a port (port_fops_open in
+drivers/char/virtio_console.c, EBUSY): *control*, held by PID 1, for hello, job, heartbeats and goodbye; *results*,
+opened by the runner alone, on which each record has reached the host before the write returns. Nothing relays records, so a
+kernel that dies right after a test's start record cannot take that record with it.
+
+Whatever goes wrong here is said on the console and on the control port, and ends in power-off: never in a hang.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kvmgmem._native import ffi
+from kvmgmem.entry import address_of, syscall
+from kvmgmem.errors import Answer, Errno
+
+CONTROL_PORT = "org.kvmgmem.control"
+RESULTS_PORT = "org.kvmgmem.results"
+PROTOCOL = 1
+
+HEARTBEAT_SECONDS = 5.0
+PROJECT_DIRECTORY = "/kvmgmem"
+MODULES_DIRECTORY = Path("/lib/kvmgmem-modules")
+RUNNER_OUTPUT = Path("/run/runner-output")
+OUTPUT_TAIL = 64 * 1024
+PORT_DEADLINE = 60.0
+"""Seconds until a port that has not appeared is taken for missing; modules and slow emulation included."""
+
+# System calls that neither Python nor its os module has; the numbers of arm64 are those of the generic table.
+NUMBERS = {
+    "x86_64": {"mount": 165, "reboot": 169, "finit_module": 313},
+    "aarch64": {"mount": 40, "reboot": 142, "finit_module": 273},
+}[os.uname().machine]
+
+# reboot(2): the two magic numbers, and LINUX_REBOOT_CMD_POWER_OFF.
+POWER_OFF = (0xFEE1DEAD, 0x28121969, 0x4321FEDC)
+
+# MS_NOSUID | MS_NODEV | MS_NOEXEC; debugfs and cgroup2 may be missing from a kernel, the rest may not.
+MOUNTS = (
+    ("proc", "/proc", "proc", 0xE, "", True),
+    ("sysfs", "/sys", "sysfs", 0xE, "", True),
+    ("devtmpfs", "/dev", "devtmpfs", 0x2, "mode=755", True),
+    ("devpts", "/dev/pts", "devpts", 0xA, "mode=620", False),
+    ("tmpfs", "/dev/shm", "tmpfs", 0x6, "mode=1777", True),
+    ("tmpfs", "/tmp", "tmpfs", 0x6, "mode=1777", True),
+    ("tmpfs", "/run", "tmpfs", 0x6, "mode=755", True),
+    ("debugfs", "/sys/kernel/debug", "debugfs", 0xE, "", False),
+    ("cgroup2", "/sys/fs/cgroup", "cgroup2", 0xE, "", False),
+)
+
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
+    "HOME": "/root",
+    "TERM": "linux",
+    "LANG": "C.UTF-8",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "KVMGMEM_WHERE": "guest",
+}
+
+
+class Control:
+    """The line to the supervisor: JSON objects, one a line."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def send(self, record: str, **fields: object) -> None:
+        data = json.dumps({"record": record, **fields}).encode() + b"\n"
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for one line. An end of file means that nobody listens yet on the host's side."""
+        received = b""
+        while not received.endswith(b"\n"):
+            part = os.read(self._fd, 65536)
+            if not part:
+                time.sleep(0.01)
+            received += part
+        job = json.loads(received)
+        if not isinstance(job, dict):
+            raise ValueError("the job is not a JSON object")
+        return job
+
+
+def main() -> NoReturn:
+    """Run as PID 1; does not return."""
+    if os.getpid() != 1:
+        sys.exit("kvmgmem.lab.guest_init is the guest's init, nothing to run by hand")
+    control: Control | None = None
+    try:
+        started = time.clock_gettime(time.CLOCK_BOOTTIME)
+        _mount_all()
+        _load_modules()
+        _raise_loglevel()
+        if "kvmgmem.shell" in Path("/proc/cmdline").read_text().split():
+            _shell()
+            _power_off()
+        control = Control(_port_device(CONTROL_PORT))
+        control.send("hello", protocol=PROTOCOL, init_started=started)
+        _serve(control, control.receive())
+    except BaseException as error:  # PID 1 has nobody above it
+        _report(control, error)
+    finally:
+        _power_off()
+
+
+def _serve(control: Control, job: dict[str, Any]) -> None:
+    runner = os.fork()
+    if runner == 0:
+        _become_runner(job)
+    status = _watch(control, runner, float(job.get("heartbeat", HEARTBEAT_SECONDS)))
+    code = os.waitstatus_to_exitcode(status)
+    control.send(
+        "goodbye",
+        exit=code if code >= 0 else None,
+        signal=-code if code < 0 else None,
+        output=_output_tail(),
+    )
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _call(name: str, *arguments: int | str) -> Answer:
+    kept = [ffi.new("char[]", argument.encode()) for argument in arguments if isinstance(argument, str)]
+    texts = iter(kept)
+    numbers = [address_of(next(texts)) if isinstance(argument, str) else argument for argument in arguments]
+    return syscall(NUMBERS[name], *numbers)
+
+
+def _mount_all() -> None:
+    for source, target, kind, flags, options, needed in MOUNTS:
+        with contextlib.suppress(OSError):  # below /sys a directory is there, or the kernel lacks the feature
+            Path(target).mkdir(parents=True, exist_ok=True)
+        answer = _call("mount", source, target, kind, flags, options)
+        if isinstance(answer, Errno) and needed:
+            raise OSError(-answer, f"mount {kind} on {target}: {answer.name}")
+    with contextlib.suppress(OSError):
+        Path("/proc/sys/kernel/hostname").write_text("kvmgmem-guest")
+    for link, target in (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
+        with contextlib.suppress(OSError):
+            Path("/dev", link).symlink_to(target)
+
+
+def _load_modules() -> None:
+    """Load what the image carries, in order; a module that does not load is named on the console."""
+    if not MODULES_DIRECTORY.is_dir():
+        return
+    for path in sorted(MODULES_DIRECTORY.iterdir()):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        answer = _call("finit_module", fd, "", 0)
+        if isinstance(answer, Errno) and answer != Errno.EEXIST:  # built in, or loaded already
+            print(f"kvmgmem: module {path.name} does not load: {answer.name}", flush=True)
+        os.close(fd)
+
+
+def _raise_loglevel() -> None:
+    """Put everything but debug messages on the console from here on: booting quietly was only faster."""
+    with contextlib.suppress(OSError):
+        Path("/proc/sys/kernel/printk").write_text("7")
+
+
+def _port_device(wanted: str) -> str:
+    """Find a virtio-serial port by its name; the driver makes ports some time after it has found the device."""
+    deadline = time.monotonic() + PORT_DEADLINE
+    while time.monotonic() < deadline:
+        for device, name in _ports():
+            if name == wanted:
+                return f"/dev/{device}"
+        time.sleep(0.01)
+    raise FileNotFoundError(
+        f"no virtio-serial port named {wanted}: the kernel lacks VIRTIO_CONSOLE or VIRTIO_PCI, or the host gave none"
+    )
+
+
+def _ports() -> Iterator[tuple[str, str]]:
+    root = Path("/sys/class/virtio-ports")
+    if not root.is_dir():
+        return
+    for port in root.iterdir():
+        with contextlib.suppress(OSError):
+            yield port.name, (port / "name").read_text().strip()
+
+
+def _power_off() -> NoReturn:
+    _call("reboot", *POWER_OFF, 0)
+    # Only a kernel without a way to power off gets here; init must not return (that would read as a panic).
+    while True:
+        time.sleep(1)
+
+
+def _report(control: Control | None, error: BaseException) -> None:
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    print(f"kvmgmem: init failed\n{text}", flush=True)
+    if control is not None:
+        with contextlib.suppress(OSError):
+            control.send("goodbye", exit=None, signal=None, error=f"{type(error).__name__}: {error}", output=text)
+
+
+# --- the runner -------------------------------------------------------------------------------------------------------
+
+
+def _watch(control: Control, runner: int, interval: float) -> int:
+    """Reap every orphan, send heartbeats, and return the runner's wait status once it has ended."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    next_beat = time.monotonic() + interval
+    while True:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                raise RuntimeError("the runner vanished without a wait status") from None
+            if pid == runner:
+                return status
+            if pid == 0:
+                break
+        if time.monotonic() >= next_beat:
+            control.send("heartbeat", time=time.time())
+            next_beat += interval
+        signal.sigtimedwait({signal.SIGCHLD}, max(0.0, next_beat - time.monotonic()))
+
+
+def _become_runner(job: dict[str, Any]) -> NoReturn:
+    """Run pytest in this child and leave without any clean-up of PID 1's."""
+    code = 4
+    try:
+        _runner_process(job)
+        code = _run_pytest(job)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 4
+    except BaseException:  # the child must not return into PID 1's code
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _runner_process(job: dict[str, Any]) -> None:
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    output = os.open(RUNNER_OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT)
+    os.environ["KVMGMEM_ACCELERATOR"] = str(job.get("accelerator", ""))
+    if job.get("flavour"):
+        os.environ["KVMGMEM_FLAVOUR"] = str(job["flavour"])
+    os.environ.update({str(name): str(value) for name, value in dict(job.get("environment", {})).items()})
+    os.chdir(PROJECT_DIRECTORY)
+    sys.dont_write_bytecode = True
+    # PID 1 started in isolated mode; children that run sys.executable see the image's packages by its prefix.
+    sys.argv = ["pytest"]
+    sys.path.insert(0, PROJECT_DIRECTORY)
+
+
+def _run_pytest(job: dict[str, Any]) -> int:
+    import gc
+
+    # Imports and collection make objects that all stay: looking for garbage among them would only cost time.
+    gc.disable()
+    import pytest
+
+    arguments = [
+        *(str(argument) for argument in job["pytest_args"]),
+        f"--rootdir={PROJECT_DIRECTORY}",
+        f"--results={_port_device(RESULTS_PORT)}",
+    ]
+    return int(pytest.main(arguments, plugins=[Selection(frozenset(job.get("done", ())))]))
+
+
+class Selection:
+    """A pytest plugin that drops the tests which an earlier boot of this run has finished.
+
+    By exact node id: --deselect matches prefixes, and would take test_ab along with test_a.
+    """
+
+    def __init__(self, done: frozenset[str]) -> None:
+        self.done = done
+
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        dropped = [item for item in items if item.nodeid in self.done]
+        items[:] = [item for item in items if item.nodeid not in self.done]
+        if dropped:
+            config.hook.pytest_deselected(items=dropped)
+
+    def pytest_collection_finish(self) -> None:
+        import gc
+
+        gc.enable()
+
+
+def _output_tail() -> str:
+    """What the runner printed, its last part: pytest's own words about a usage error or a failed collection."""
+    try:
+        with RUNNER_OUTPUT.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - OUTPUT_TAIL))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _shell() -> None:
+    """A shell on the serial console, with job control; its end powers the guest off."""
+    shell = ["/bin/busybox", "sh", "-l"] if Path("/bin/busybox").exists() else ["/usr/bin/python3", "-q"]
+    if shell[0].endswith("busybox"):
+        os.spawnv(os.P_WAIT, shell[0], ["busybox", "--install", "-s", "/bin"])
+    pid = os.fork()
+    if pid == 0:
+        import fcntl
+        import termios
+
+        os.setsid()
+        terminal = os.open("/dev/ttyS0", os.O_RDWR)
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        for fd in (0, 1, 2):
+            os.dup2(terminal, fd)
+        os.chdir(PROJECT_DIRECTORY)
+        os.execve(shell[0], shell, {**ENVIRONMENT, "PS1": "guest:\\w# "})
+    while os.waitpid(-1, 0)[0] != pid:
+        pass

@@ -1,0 +1,213 @@
+"""The QEMU machine: which accelerator, and one literal command line with a comment per group."""
+
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmgmem.errors import HarnessError
+from kvmgmem.lab.guest_init import CONTROL_PORT, RESULTS_PORT
+
+QEMU = "qemu-system-x86_64"
+
+CONSOLE, CONTROL, RESULTS, QMP = "console", "control", "results", "qmp"
+CHANNELS = (CONSOLE, CONTROL, RESULTS, QMP)
+"""The lines between guest and supervisor; each is one end of a socket pair that QEMU inherits."""
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """How QEMU executes the guest, `tcg` or `kvm`, and why that one; `time_scale` stretches limits meant for a host."""
+
+    name: str
+    why: str
+
+    @property
+    def time_scale(self) -> float:
+        return {"kvm": 1.0, "tcg": 5.0}[self.name]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A guest to start. `memory_mib` is in MiB; `append` goes to the end of the kernel's command line, where it wins."""
+
+    kernel: Path
+    initrd: Path
+    accelerator: str
+    memory_mib: int = 1536
+    cpus: int = 2
+    numa_nodes: int = 1
+    append: str = ""
+    verbose: bool = False
+    """The whole boot log on the console; without it the log starts with warnings until init is up."""
+    gdb: bool = False
+    """Wait for a debugger on TCP port 1234 before the first instruction."""
+    qemu: str = QEMU
+
+
+def command_line(machine: Machine, channels: Mapping[str, int]) -> list[str]:
+    """QEMU's arguments for a machine.
+
+    `channels` gives the inherited socket's descriptor for each of CHANNELS; without any the console is the terminal.
+
+    For QEMU 7.2 and newer. QEMU's own exit status says nothing about the guest: it is 0 after a panic with -no-reboot.
+    """
+    return [
+        machine.qemu,
+        # Nothing that is not asked for: no default devices, no configuration of the user's, no window.
+        *("-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-nic", "none"),
+        # q35 rather than microvm, which never boots under TCG without its pic and pit. No disks, no SMBus to probe.
+        *("-machine", "q35,sata=off,smbus=off" + _numa_machine(machine)),
+        *_accelerator(machine.accelerator),
+        *("-smp", str(machine.cpus), "-m", str(machine.memory_mib)),
+        *_numa(machine),
+        # A reset of the guest ends QEMU, so that a panic (panic=-1) or a triple fault ends the boot at once.
+        "-no-reboot",
+        *("-kernel", str(machine.kernel), "-initrd", str(machine.initrd), "-append", kernel_command_line(machine)),
+        *(_channels(channels) if channels else _terminal()),
+        *(("-s", "-S") if machine.gdb else ()),
+    ]
+
+
+def _channels(channels: Mapping[str, int]) -> tuple[str, ...]:
+    """The lines to the supervisor, all socket pairs: no paths, nothing left behind, and an end of file when QEMU dies."""
+    return (
+        *(word for name in CHANNELS for word in ("-chardev", f"socket,id={name},fd={channels[name]}")),
+        *("-serial", f"chardev:{CONSOLE}"),
+        *("-mon", f"chardev={QMP},mode=control"),
+        # Without ioeventfd the vCPU thread itself hands a record to the socket, before the guest's write returns: the
+        # start record of a test that kills the machine with its next instruction has left the machine by then.
+        *("-device", "virtio-serial-pci,ioeventfd=off"),
+        *("-device", f"virtserialport,chardev={CONTROL},name={CONTROL_PORT}"),
+        *("-device", f"virtserialport,chardev={RESULTS},name={RESULTS_PORT}"),
+    )
+
+
+def _terminal() -> tuple[str, ...]:
+    """The serial console on the terminal that QEMU was started from, shared with its monitor (Ctrl-A)."""
+    return ("-serial", "mon:stdio")
+
+
+def _accelerator(name: str) -> tuple[str, ...]:
+    if name == "kvm":
+        return ("-accel", "kvm", "-cpu", "host")
+    # thread=multi: a vCPU that spins must not starve the others. TCG emulates SVM with nested paging under `max`.
+    # phys-bits as of common hardware: the default of 40 makes GPAs invalid that a VMM may well use. Without erms and
+    # fsrm the kernel copies by words instead of REP MOVSB, which TCG executes byte by byte (unpacking the kernel: half
+    # the time). Without la57 a TLB miss walks four levels instead of five.
+    return ("-accel", "tcg,thread=multi", "-cpu", "max,phys-bits=48,erms=off,fsrm=off,la57=off")
+
+
+def _numa_machine(machine: Machine) -> str:
+    return "" if machine.numa_nodes > 1 else ",memory-backend=ram"
+
+
+def _numa(machine: Machine) -> tuple[str, ...]:
+    """Memory and CPUs in equal parts on the nodes; the first nodes take what does not divide."""
+    if machine.numa_nodes == 1:
+        return ("-object", f"memory-backend-ram,id=ram,size={machine.memory_mib}M")
+    words: list[str] = []
+    for node in range(machine.numa_nodes):
+        memory = machine.memory_mib // machine.numa_nodes
+        memory += machine.memory_mib % machine.numa_nodes if node == 0 else 0
+        cpus = [f"cpus={cpu}" for cpu in range(machine.cpus) if cpu % machine.numa_nodes == node]
+        words += ["-object", f"memory-backend-ram,id=ram{node},size={memory}M"]
+        words += ["-numa", ",".join([f"node,nodeid={node},memdev=ram{node}", *cpus])]
+    return tuple(words)
+
+
+def kernel_command_line(machine: Machine) -> str:
+    """The kernel's command line; options as in Documentation/admin-guide/kernel-parameters.txt."""
+    words = [
+        "console=ttyS0",
+        # Boot at once after a panic: QEMU then ends (-no-reboot), and the console ends with the panic.
+        "panic=-1",
+        # The supervisor sends an NMI to a guest that has gone silent, to learn where it stands.
+        "unknown_nmi_panic",
+        # Level 5 is warnings and worse, splats among them; init raises it to 7 once it is up. Each line less saves
+        # its serial output, which under TCG is an exit for every character.
+        f"loglevel={7 if machine.verbose else 5}",
+        # A guest need not wait for entropy, and stack traces are comparable between boots.
+        *("random.trust_cpu=on", "nokaslr"),
+    ]
+    if machine.accelerator == "tcg":
+        # Speculation is not emulated; the timer check and the TSC's watchdog cost time, and fail on a busy host.
+        words += ["mitigations=off", "no_timer_check", "tsc=reliable"]
+    return " ".join([*words, machine.append]).strip()
+
+
+def require_qemu(name: str = QEMU) -> str:
+    """The path of QEMU. Raises HarnessError if it is not installed."""
+    found = shutil.which(name)
+    if found is None:
+        raise HarnessError(f"{name} is not installed", hint="install it: apt install qemu-system-x86")
+    return found
+
+
+def require_kernel_image(path: Path) -> Path:
+    """The path, if QEMU can boot it: a bzImage (Documentation/arch/x86/boot.rst), or a vmlinux with a PVH entry.
+
+    Raises HarnessError otherwise.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(0x210)
+            elf = path.read_bytes() if head[:4] == b"\x7fELF" else b""
+    except OSError as error:
+        raise HarnessError(
+            f"cannot read the kernel image {path}: {error.strerror}",
+            hint="name a bzImage, or build one: kvmgmem kernel build",
+        ) from error
+    if len(head) >= 0x206 and head[0x202:0x206] == b"HdrS" and head[0x1FE:0x200] == b"\x55\xaa":
+        return path
+    if elf and has_pvh_entry(elf):
+        return path
+    what = "an ELF file without a PVH entry (CONFIG_PVH)" if elf else "no x86 kernel image"
+    raise HarnessError(f"{path} is {what}", hint="name the bzImage (arch/x86/boot/bzImage in a build directory)")
+
+
+def has_pvh_entry(elf: bytes) -> bool:
+    """Whether an ELF file has the Xen note of type 18, XEN_ELFNOTE_PHYS32_ENTRY, which QEMU boots a vmlinux by."""
+    if elf[:6] != b"\x7fELF\x02\x01":
+        return False
+    (offset,) = struct.unpack_from("<Q", elf, 32)
+    size, count = struct.unpack_from("<HH", elf, 54)
+    for index in range(count):
+        kind, start, length = struct.unpack_from("<I4xQ16xQ", elf, offset + index * size)
+        if kind == 4 and b"Xen\0" in elf[start : start + length]:  # PT_NOTE
+            return struct.pack("<I", 18) + b"Xen\0" in elf[start : start + length]
+    return False
+
+
+def choose_accelerator(wanted: str = "auto", root: Path = Path("/")) -> Accelerator:
+    """Decide between KVM and TCG: KVM only where a guest of it can itself run KVM.
+
+    `root` is where /dev and /sys are looked up. Raises HarnessError if KVM is wanted and cannot be had.
+    """
+    if wanted == "tcg":
+        return Accelerator("tcg", "asked for")
+    obstacle = nested_kvm_obstacle(root)
+    if obstacle is None:
+        return Accelerator("kvm", "asked for" if wanted == "kvm" else "this machine's KVM runs nested guests")
+    if wanted == "kvm":
+        raise HarnessError(f"KVM cannot accelerate the guest: {obstacle}", hint="use --accel tcg")
+    return Accelerator("tcg", obstacle)
+
+
+def nested_kvm_obstacle(root: Path = Path("/")) -> str | None:
+    """Why a guest under this machine's KVM would have no KVM of its own; None if nothing stands in the way."""
+    device = root / "dev/kvm"
+    if not device.exists():
+        return "there is no /dev/kvm"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return "no permission on /dev/kvm"
+    for module in ("kvm_amd", "kvm_intel"):
+        parameter = root / "sys/module" / module / "parameters/nested"
+        if parameter.exists():
+            enabled = parameter.read_text().strip() in {"1", "Y"}
+            return None if enabled else f"nested virtualisation is off (parameter nested of {module})"
+    if (root / "sys/module/kvm_pvm").exists():
+        return "kvm_pvm does not offer virtualisation to its guests"
+    return "no KVM module here says that it can nest"

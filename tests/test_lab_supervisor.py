@@ -1,0 +1,693 @@
+"""The supervisor: against scripted guests in no time, and against real ones that panic, hang, lie and go silent.
+
+The real ones boot a kernel under TCG: that of $KVMGMEM_TEST_KERNEL, or the one last built (`kvmgmem kernel build`).
+"""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvmgmem.errors import HarnessError
+from kvmgmem.exit_codes import ExitCode
+from kvmgmem.lab import kernels
+from kvmgmem.lab.initramfs import ImageRequest, archive, build_image
+from kvmgmem.lab.machine import CONSOLE, CONTROL, QMP, RESULTS, Machine, require_kernel_image, require_qemu
+from kvmgmem.lab.qemu import MAX_LINE, Line, LineCutter, Qemu
+from kvmgmem.lab.supervisor import (
+    Cause,
+    Ending,
+    Limits,
+    Request,
+    Supervisor,
+    init_failure,
+    no_test_started,
+    silence_text,
+    split_garbage,
+)
+from kvmgmem.results.records import Verdict
+from kvmgmem.results.run import Run, exit_code, read_run
+
+MACHINE = Machine(kernel=Path("/k/bzImage"), initrd=Path("/k/root.cpio"), accelerator="tcg")
+RUNNER = Path(__file__).with_name("misbehaving_runner.py")
+
+
+# --- scripted guests --------------------------------------------------------------------------------------------------
+
+
+def record(kind: str, **fields: object) -> Line:
+    """A record on the result channel."""
+    return Line(RESULTS, json.dumps({"record": kind, "time": 1.0, **fields}).encode())
+
+
+def control(kind: str, **fields: object) -> Line:
+    """A message on the control channel."""
+    return Line(CONTROL, json.dumps({"record": kind, **fields}).encode())
+
+
+def console(*lines: str) -> list[Line]:
+    """Lines of the kernel."""
+    return [Line(CONSOLE, line.encode()) for line in lines]
+
+
+def shutdown(reason: str) -> Line:
+    """QEMU's word on why it ends."""
+    return Line(QMP, json.dumps({"event": "SHUTDOWN", "data": {"guest": True, "reason": reason}}).encode())
+
+
+CIRCUMSTANCES = {
+    "release": "7.3.4",
+    "backend": "kvm_amd",
+    "paging": "tdp",
+    "accelerator": "tcg",
+    "cpu_model": "x",
+    "vm_types": ["default"],
+    "where": "guest",
+    "kvmgmem": "0",
+    "python": "3",
+    "pytest": "9",
+}
+HELLO = control("hello", protocol=1)
+RUN_START = record("run-start", schema=1, run="0" * 32, circumstances=CIRCUMSTANCES)
+RUN_END = record("run-end", exit=0, counts={})
+GOODBYE = control("goodbye", exit=0, signal=None, output="")
+PANIC = console(
+    "[    3.0] ignored",
+    "[    3.000001] Kernel panic - not syncing: sysrq triggered crash",
+    "[    3.000002] Call Trace:",
+    "[    3.000003]  sysrq_handle_crash+0x1/0x2",
+    "[    3.000004] ---[ end Kernel panic - not syncing: sysrq triggered crash ]---",
+)
+
+
+def plan(*tests: str) -> Line:
+    """The plan of a boot."""
+    return record("plan", tests=list(tests))
+
+
+def passing(test: str) -> list[Line]:
+    """A test from start to end."""
+    return [record("test-start", test=test), record("test-end", test=test, verdict="passed")]
+
+
+class ScriptedQemu(Qemu):
+    """A guest whose every line is known beforehand; `None` in a script stands for silence."""
+
+    def __init__(self, script: Sequence[list[Line] | None], exit_status: int = 0) -> None:
+        self._script = list(script)
+        self._exit_status = exit_status
+        self.started = time.monotonic()
+        self.complaints: list[str] = []
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+        self.process: Any = SimpleNamespace(poll=lambda: exit_status)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    @property
+    def ended(self) -> bool:
+        return not self._script
+
+    def wait(self, timeout: float) -> list[Line]:
+        """Hand out the next step."""
+        if self._script and self._script[0] is None:
+            time.sleep(max(0.0, min(timeout, 1.0)))
+            return []
+        return (self._script.pop(0) or []) if self._script else []
+
+    def wait_for_console(self, timeout: float) -> list[Line]:
+        """Nothing more than the script has."""
+        return []
+
+    def send(self, channel: str, message: dict[str, Any]) -> None:
+        """Remember what the guest or the monitor was told."""
+        self.sent.append((channel, message))
+
+    def cpu_seconds(self) -> float:
+        """No CPU time at all."""
+        return 0.0
+
+    def starved_seconds(self) -> float:
+        """No waiting for a CPU either."""
+        return 0.0
+
+
+class Scripted:
+    """Runs a supervisor over scripts, one for each boot."""
+
+    def __init__(self, results: Path, *boots: Sequence[list[Line] | None], **request: Any) -> None:
+        self.results = results
+        self.guests = [ScriptedQemu(script) for script in boots]
+        self.notes: list[str] = []
+        self._waiting = list(self.guests)
+        request.setdefault("limits", Limits(boot=0.2, silence=0.2, test=0.2, shutdown=0.2, oops=0.1, nmi=0.1))
+        self.supervisor = Supervisor(Request(MACHINE, results, **request), self, lambda _: self._waiting.pop(0))
+
+    def update(self, detail: str, fraction: float | None = None) -> None:
+        """Progress nobody looks at."""
+
+    def note(self, text: str) -> None:
+        """Lines that stay."""
+        self.notes.append(text)
+
+    def run(self) -> Run:
+        """Run to the end, and check that the exit code is what the records say."""
+        code = self.supervisor.run()
+        run = read_run([self.results])
+        assert code == exit_code(run)
+        assert not run.damaged
+        return run
+
+
+def verdicts(run: Run) -> dict[str, Verdict]:
+    """Verdict by test."""
+    return {outcome.end.test: outcome.verdict for outcome in run.tests}
+
+
+def reason(run: Run, test: str) -> str:
+    """The reason of one test's verdict."""
+    return next(outcome.end.reason for outcome in run.tests if outcome.end.test == test)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Where a run's records go."""
+    return tmp_path / "results.jsonl"
+
+
+def test_a_run_without_trouble_is_a_success(results: Path) -> None:
+    """Hello, job, records, end of the run, goodbye: exit code 0, and the job was sent once."""
+    scripted = Scripted(results, [[HELLO], [RUN_START, plan("a", "b"), *passing("a"), *passing("b"), RUN_END, GOODBYE]])
+    run = scripted.run()
+    assert exit_code(run) == ExitCode.OK
+    assert run.complete
+    assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PASSED}
+    jobs = [message for channel, message in scripted.guests[0].sent if channel == CONTROL]
+    assert [job["done"] for job in jobs] == [[]]
+    assert jobs[0]["accelerator"] == "tcg"
+
+
+def test_a_panic_is_charged_to_the_open_test_and_the_rest_is_run(results: Path) -> None:
+    """The panicking test is not run again; the tests after it are, and the first boot's results are kept."""
+    scripted = Scripted(
+        results,
+        [[HELLO, RUN_START, plan("a", "b", "c"), *passing("a"), record("test-start", test="b")], PANIC],
+        [[HELLO, RUN_START, plan("c"), *passing("c"), RUN_END, GOODBYE]],
+    )
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PANICKED, "c": Verdict.PASSED}
+    assert exit_code(run) == ExitCode.KERNEL
+    assert "sysrq triggered crash" in reason(run, "b")
+    assert scripted.guests[1].sent[0][1]["done"] == ["a", "b"]
+    (panicked,) = [outcome.end for outcome in run.tests if outcome.end.test == "b"]
+    assert panicked.kernel_log[0].endswith("Kernel panic - not syncing: sysrq triggered crash")
+    assert panicked.repeat == "kvmgmem vm -- b"
+
+
+def test_a_panic_with_no_test_open_counts_as_well(results: Path) -> None:
+    """It is nobody's fault in particular, and still no success."""
+    scripted = Scripted(
+        results,
+        [[HELLO, RUN_START, plan("a", "b"), *passing("a")], PANIC],
+        [[HELLO, RUN_START, plan("b"), *passing("b"), RUN_END, GOODBYE]],
+    )
+    run = scripted.run()
+    assert exit_code(run) == ExitCode.KERNEL
+    assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PASSED, "kernel::between-tests#1": Verdict.PANICKED}
+    assert "(after a)" in reason(run, "kernel::between-tests#1")
+
+
+WARNING = console(
+    "[    2.000001] ------------[ cut here ]------------",
+    "[    2.000002] WARNING: virt/kvm/x.c:1 at bind+0x1/0x2, CPU#0: x/1",
+    "[    2.000003] ---[ end trace 0000000000000000 ]---",
+)
+
+
+def test_a_warning_makes_a_passed_test_a_splat(results: Path) -> None:
+    """The runner in the guest saw nothing; the console did, and its lines are in the record."""
+    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), *WARNING]
+    run = Scripted(
+        results, [[*script, record("test-end", test="a", verdict="passed"), *passing("b"), RUN_END, GOODBYE]]
+    ).run()
+    assert verdicts(run) == {"a": Verdict.SPLAT, "b": Verdict.PASSED}
+    assert exit_code(run) == ExitCode.KERNEL
+    (splat,) = [outcome.end for outcome in run.tests if outcome.end.test == "a"]
+    assert len(splat.kernel_log) == 3
+    assert "passed" in splat.detail
+
+
+def test_a_warning_between_tests_is_not_lost(results: Path) -> None:
+    """No test was open: it is charged to the time between tests, with the test before it named."""
+    script = [HELLO, RUN_START, plan("a", "b"), *passing("a"), *WARNING, *passing("b"), RUN_END, GOODBYE]
+    run = Scripted(results, [script]).run()
+    assert verdicts(run)["kernel::between-tests#1"] is Verdict.SPLAT
+    assert "(after a)" in reason(run, "kernel::between-tests#1")
+
+
+def test_a_warning_that_the_runner_reported_is_not_counted_twice(results: Path) -> None:
+    """The console may lag behind the result channel."""
+    end = record(
+        "test-end",
+        test="a",
+        verdict="splat",
+        reason="kernel warning",
+        kernel_log=["WARNING: virt/kvm/x.c:1 at bind+0x1/0x2, CPU#0: x/1"],
+    )
+    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), end, *WARNING, *passing("b")]
+    assert verdicts(Scripted(results, [[*script, RUN_END, GOODBYE]]).run()) == {"a": Verdict.SPLAT, "b": Verdict.PASSED}
+
+
+def test_a_warning_while_booting_is_a_note(results: Path) -> None:
+    """It belongs to no test, and says nothing about what is tested; it is told all the same."""
+    run = Scripted(results, [[HELLO, *WARNING, RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE]]).run()
+    assert exit_code(run) == ExitCode.OK
+    assert any("while booting: kernel warning: WARNING: virt/kvm/x.c:1" in note for note in run.notes)
+
+
+OOPS = console(
+    "[    2.000001] BUG: kernel NULL pointer dereference, address: 0000000000000008",
+    "[    2.000002] Oops: Oops: 0002 [#1] SMP NOPTI",
+    "[    2.000003] ---[ end trace 0000000000000000 ]---",
+)
+
+
+def test_no_test_runs_on_a_kernel_that_oopsed(results: Path) -> None:
+    """The test under which it oopsed ends; what comes after it from this kernel is not even heard."""
+    oopsing = [record("test-start", test="a"), *OOPS, record("test-end", test="a", verdict="passed")]
+    scripted = Scripted(
+        results,
+        [[HELLO, RUN_START, plan("a", "b"), *oopsing, record("test-start", test="b")], None],
+        [[HELLO, RUN_START, plan("b"), *passing("b"), RUN_END, GOODBYE]],
+    )
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.SPLAT, "b": Verdict.PASSED}
+    assert "kernel oops" in reason(run, "a")
+
+
+def test_a_test_that_never_ends_after_an_oops_is_charged(results: Path) -> None:
+    """Its process died in the kernel, or waits for a lock for ever."""
+    scripted = Scripted(
+        results,
+        [[HELLO, RUN_START, plan("a"), record("test-start", test="a"), *OOPS], None],
+    )
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.PANICKED}
+    assert "NULL pointer" in reason(run, "a")
+
+
+def test_silence_is_a_hang_and_an_nmi_asks_where(results: Path) -> None:
+    """No record and no heartbeat; the monitor is told to inject an NMI before the guest is given up."""
+    scripted = Scripted(results, [[HELLO, RUN_START, plan("a"), record("test-start", test="a")], None])
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.PANICKED}
+    assert "no sign of life" in reason(run, "a")
+    assert "all CPUs wait" in reason(run, "a")
+    assert (QMP, {"execute": "inject-nmi"}) in scripted.guests[0].sent
+
+
+def test_a_runner_that_is_stuck_in_a_live_guest_is_a_timeout(results: Path) -> None:
+    """Heartbeats show that it is not the kernel."""
+
+    class Beating(ScriptedQemu):
+        def wait(self, timeout: float) -> list[Line]:
+            if self._script and self._script[0] is None:
+                time.sleep(0.02)
+                return [control("heartbeat")]
+            return super().wait(timeout)
+
+    scripted = Scripted(results, [[HELLO, RUN_START, plan("a"), record("test-start", test="a")], None])
+    scripted._waiting[:] = [Beating([[HELLO, RUN_START, plan("a"), record("test-start", test="a")], None])]
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.TIMEOUT}
+    assert "the guest is alive" in reason(run, "a")
+
+
+@pytest.mark.parametrize(
+    ("last", "verdict", "words"),
+    [
+        ([shutdown("guest-shutdown")], Verdict.ERROR, "powered off"),
+        ([*console("[   9.000000] reboot: Restarting system"), shutdown("guest-reset")], Verdict.ERROR, "rebooted"),
+        ([shutdown("guest-reset")], Verdict.PANICKED, "triple fault"),
+        ([control("goodbye", exit=7, signal=None, output="")], Verdict.CRASHED, "status 7"),
+        ([control("goodbye", exit=None, signal=11, output="")], Verdict.CRASHED, "signal 11"),
+        (
+            [
+                *console("[   9.000000] Out of memory: Killed process 66 (python3) total-vm:1kB"),
+                control("goodbye", exit=None, signal=9, output=""),
+            ],
+            Verdict.CRASHED,
+            "ran out of memory and the kernel killed python3",
+        ),
+        ([control("goodbye", exit=None, signal=None, error="OSError: x", output="")], Verdict.ERROR, "init failed"),
+        ([], Verdict.ERROR, "QEMU ended with status 0"),
+    ],
+)
+def test_every_other_end_has_its_own_words(results: Path, last: list[Line], verdict: Verdict, words: str) -> None:
+    """Power-off, reboot, reset, the runner's death and QEMU's own are told apart."""
+    run = Scripted(results, [[HELLO, RUN_START, plan("a"), record("test-start", test="a"), *last]]).run()
+    assert verdicts(run) == {"a": verdict}
+    assert words in reason(run, "a")
+
+
+def test_garbage_is_charged_and_the_stream_is_found_again(results: Path) -> None:
+    """A record right behind garbage on the same line still counts."""
+    glued = Line(RESULTS, b"\xff\x00nonsense" + record("test-end", test="a", verdict="passed").data)
+    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), glued, *passing("b"), RUN_END, GOODBYE]
+    run = Scripted(results, [script]).run()
+    assert verdicts(run) == {"a": Verdict.ERROR, "b": Verdict.PASSED}
+    assert "garbage on the result channel" in reason(run, "a")
+
+
+def test_a_cut_record_is_charged_to_its_test(results: Path) -> None:
+    """The next record begins in the middle of it."""
+    cut = Line(RESULTS, b'{"record": "test-end", "te' + record("test-start", test="b").data)
+    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), cut]
+    run = Scripted(results, [[*script, record("test-end", test="b", verdict="passed"), RUN_END, GOODBYE]]).run()
+    assert verdicts(run) == {"a": Verdict.ERROR, "b": Verdict.PASSED}
+    assert "cut in the middle" in reason(run, "a")
+
+
+def test_a_test_whose_end_never_arrives_is_an_error(results: Path) -> None:
+    """Also when nothing else is wrong."""
+    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), *passing("b"), RUN_END, GOODBYE]
+    run = Scripted(results, [script]).run()
+    assert verdicts(run) == {"a": Verdict.ERROR, "b": Verdict.PASSED}
+
+
+def test_boots_are_bounded_and_the_rest_is_not_run(results: Path) -> None:
+    """What never got its turn is reported as not run, never as passed, and the run is no success."""
+    tests = [f"t{number}" for number in range(9)]
+    boots = [[[HELLO, RUN_START, plan(*tests), record("test-start", test=test)], PANIC] for test in tests]
+    scripted = Scripted(results, *boots, boots=3)
+    run = scripted.run()
+    counted = list(verdicts(run).values())
+    assert (counted.count(Verdict.PANICKED), counted.count(Verdict.NOT_RUN)) == (3, 6)
+    assert "started 3 times" in reason(run, "t8")
+    assert scripted.supervisor.boots == 3
+
+
+def test_a_guest_that_keeps_dying_before_a_test_is_given_up(results: Path) -> None:
+    """A loop of fruitless boots ends early."""
+    dying = [[HELLO, *PANIC]]
+    scripted = Scripted(
+        results, [[HELLO, RUN_START, plan("a", "b"), record("test-start", test="a")], PANIC], dying, dying, dying
+    )
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.PANICKED, "b": Verdict.NOT_RUN}
+    assert scripted.supervisor.boots == 2
+
+
+def test_a_guest_that_ends_its_run_without_a_goodbye_has_not_finished(results: Path) -> None:
+    """A positive end is required; here QEMU vanished right after the last record."""
+    run = Scripted(results, [[HELLO, RUN_START, plan("a"), *passing("a"), RUN_END]]).run()
+    assert any("QEMU ended" in note for note in run.notes)
+
+
+def test_what_the_runner_says_of_itself_is_not_lost(results: Path) -> None:
+    """Tests passed, and pytest had an internal error: no success."""
+    scripted = Scripted(
+        results,
+        [[HELLO, RUN_START, plan("a"), *passing("a"), record("run-end", exit=4, counts={}, left_out=["x"]), GOODBYE]],
+    )
+    run = scripted.run()
+    assert exit_code(run) == ExitCode.HARNESS
+    assert run.left_out == ("x",)
+
+
+def test_the_console_is_kept(results: Path, tmp_path: Path) -> None:
+    """All of it, boot by boot."""
+    kept = tmp_path / "console"
+    script = [[HELLO, *console("hello from the kernel"), RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE]]
+    Scripted(results, script, console=kept).run()
+    assert "--- boot 1 ---\nhello from the kernel\n" in kept.read_text()
+
+
+def test_interrupting_keeps_what_was_written(results: Path) -> None:
+    """Ctrl-C in the middle: records so far are there, and the run does not look finished."""
+
+    class Interrupted(ScriptedQemu):
+        def wait(self, timeout: float) -> list[Line]:
+            if self._script[0] is None:
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    scripted = Scripted(results, [[]])
+    scripted._waiting[:] = [Interrupted([[HELLO, RUN_START, plan("a", "b"), *passing("a")], None])]
+    with pytest.raises(KeyboardInterrupt):
+        scripted.supervisor.run()
+    run = read_run([results])
+    assert verdicts(run)["a"] is Verdict.PASSED
+    assert not run.complete
+
+
+# --- judgements -------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_cut_and_an_endless_one_is_handed_out_in_pieces() -> None:
+    """A guest must not fill the supervisor's memory, and half a line is marked as such."""
+    cutter = LineCutter(CONSOLE)
+    assert cutter.feed(b"one\r\ntw") == [Line(CONSOLE, b"one")]
+    assert cutter.feed(b"o\nthr") == [Line(CONSOLE, b"two")]
+    assert cutter.finish() == [Line(CONSOLE, b"thr", cut=True)]
+    assert cutter.finish() == []
+    (piece,) = cutter.feed(b"x" * (MAX_LINE + 1))
+    assert piece.cut
+
+
+@pytest.mark.parametrize(
+    ("line", "garbage", "rest"),
+    [
+        (b'{"record": "note"}', b"", b'{"record": "note"}'),
+        (b'{"record":"note","text":"{\\"record\\":1}"}', b"", b'{"record":"note","text":"{\\"record\\":1}"}'),
+        (b"nonsense", b"nonsense", b""),
+        (b'{"rec{"record":"note"}', b'{"rec', b'{"record":"note"}'),
+        (b'{"record":"a{"record":"b"}', b'{"record":"a', b'{"record":"b"}'),
+    ],
+)
+def test_garbage_is_parted_from_records(line: bytes, garbage: bytes, rest: bytes) -> None:
+    """Whole records stay whole, even if they quote one."""
+    assert split_garbage(line) == (garbage, rest)
+
+
+@pytest.mark.parametrize(
+    ("silent", "used", "words"),
+    [(10.0, 19.0, "something spins"), (10.0, 0.2, "all CPUs wait"), (10.0, 4.0, "or very slow")],
+)
+def test_cpu_time_tells_a_hang_from_slowness(silent: float, used: float, words: str) -> None:
+    """The facts are in the message, whatever the conclusion."""
+    text = silence_text(silent, used)
+    assert words in text
+    assert f"{used:.1f} s of CPU time" in text
+
+
+def test_inits_last_words_are_found() -> None:
+    """The exception, not the traceback above it."""
+    lines = ["[ 1.0] x", "kvmgmem: init failed", "Traceback (most recent call last):", "  File x", "OSError: [5] no port"]
+    assert init_failure(lines) == "OSError: [5] no port"
+    assert init_failure(lines[:1]) == ""
+
+
+@pytest.mark.parametrize(
+    ("ending", "message", "hint", "code"),
+    [
+        (
+            Ending(Cause.PANIC, "kernel panic: x", ("VFS: Unable to mount root fs on unknown-block(0,0)",)),
+            "no test was started: kernel panic: x",
+            "CONFIG_BLK_DEV_INITRD",
+            ExitCode.KERNEL,
+        ),
+        (Ending(Cause.NO_BOOT, "the kernel said nothing"), "said nothing", "console is in", ExitCode.HARNESS),
+        (
+            Ending(Cause.RUNNER_DIED, "x", (), "...\nkvmgmem: error: no /dev/kvm\n  hint: build it in\n", 4),
+            "in the guest: no /dev/kvm",
+            "build it in",
+            ExitCode.HARNESS,
+        ),
+        (
+            Ending(Cause.RUNNER_DIED, "x", (), "ERROR: unrecognized arguments: --frob\n", 4),
+            "pytest: unrecognized arguments: --frob",
+            "pytest --help",
+            ExitCode.USAGE,
+        ),
+        (Ending(Cause.RUNNER_DIED, "x", (), "", 5), "no selftest was selected", "collect-only", ExitCode.NOTHING_RAN),
+    ],
+)
+def test_a_guest_without_a_test_is_explained(ending: Ending, message: str, hint: str, code: ExitCode) -> None:
+    """One line with the cause, the likeliest remedy, and the exit code that belongs to it."""
+    error = no_test_started(ending, Request(MACHINE, Path("r"), console=Path("/c")))
+    assert message in error.message
+    assert hint in error.hint
+    assert error.code == code
+
+
+# --- real guests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Path:
+    """A kernel to boot; skips with what is missing."""
+    try:
+        require_qemu()
+        wanted = os.environ.get("KVMGMEM_TEST_KERNEL")
+        return require_kernel_image(kernels.resolve(wanted).image)
+    except HarnessError as error:
+        pytest.skip(f"no guest can be booted: {error.message} ({error.hint})")
+
+
+class Tamperer:
+    """Shows no progress, but does to QEMU what a test of the guest asks the host to do."""
+
+    def __init__(self) -> None:
+        self.qemu: Qemu | None = None
+
+    def start(self, machine: Machine) -> Qemu:
+        """Start QEMU, and remember it."""
+        self.qemu = Qemu(machine)
+        return self.qemu
+
+    def update(self, detail: str, fraction: float | None = None) -> None:
+        """A test begins."""
+        assert self.qemu is not None
+        if detail == "host_kills_qemu":
+            os.kill(self.qemu.process.pid, signal.SIGKILL)
+        elif detail == "host_stops_the_cpus":
+            self.qemu.qmp("stop")
+
+    def note(self, text: str) -> None:
+        """Shown by pytest if something fails."""
+        print(text)
+
+
+@pytest.fixture(scope="module")
+def guest(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """A guest whose runner misbehaves on request."""
+    directory = tmp_path_factory.mktemp("guest")
+    (directory / "selftests").mkdir()
+    (directory / "selftests/README").write_text("the runner brings its own tests")
+    request = ImageRequest(directory / "selftests", extra=(("/kvmgmem/pytest.py", RUNNER),))
+    image = build_image(request, directory / "cache")
+    return Machine(kernel, image.path, "tcg", memory_mib=320, append="reboot=t")
+
+
+@pytest.fixture(scope="module")
+def evil_run(guest: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """One supervised run over everything a guest can do wrong; each death costs a boot."""
+    directory = tmp_path_factory.mktemp("evil")
+    tamperer = Tamperer()
+    limits = Limits(boot=120, silence=6, test=90, shutdown=5, oops=1, nmi=3)
+    request = Request(guest, directory / "results.jsonl", tuple(EXPECTED), limits=limits, console=directory / "console")
+    supervisor = Supervisor(request, tamperer, tamperer.start)
+    code = supervisor.run()
+    run = read_run([directory / "results.jsonl"])
+    assert code == exit_code(run) == ExitCode.KERNEL
+    yield run
+    with contextlib.suppress(OSError):
+        print((directory / "console").read_text()[-4000:])
+
+
+EXPECTED = {
+    "passes_first": (Verdict.PASSED, ""),
+    "panics": (Verdict.PANICKED, "sysrq triggered crash"),
+    "complains": (Verdict.SPLAT, "WARNING: virt/kvm/fake.c:12"),
+    "writes_garbage": (Verdict.ERROR, "garbage on the result channel"),
+    "spins": (Verdict.PANICKED, "no sign of life"),
+    "kills_init": (Verdict.PANICKED, "Attempted to kill init"),
+    "takes_all_memory": (Verdict.CRASHED, "ran out of memory"),
+    "powers_off": (Verdict.ERROR, "powered off"),
+    "reboots": (Verdict.ERROR, "rebooted"),
+    "triple_faults": (Verdict.PANICKED, "triple fault"),
+    "oopses": (Verdict.SPLAT, "kernel oops: BUG: kernel NULL pointer dereference"),
+    "cuts_its_record": (Verdict.ERROR, "cut in the middle"),
+    "passes_after_cut": (Verdict.PASSED, ""),
+    "exits": (Verdict.CRASHED, "ended with status 7"),
+    "floods": (Verdict.ERROR, "floods"),
+    "host_kills_qemu": (Verdict.ERROR, "QEMU was killed by SIGKILL"),
+    "host_stops_the_cpus": (Verdict.PANICKED, "all CPUs wait"),
+    "passes_last": (Verdict.PASSED, ""),
+}
+
+
+@pytest.mark.parametrize("test", EXPECTED)
+def test_a_real_guest_gets_the_verdict_it_deserves(evil_run: Run, test: str) -> None:
+    """Whatever the guest does, each of its tests has a verdict that names the cause."""
+    verdict, words = EXPECTED[test]
+    assert verdicts(evil_run)[test] is verdict, reason(evil_run, test)
+    assert words in reason(evil_run, test)
+
+
+def test_a_runner_that_stops_in_a_real_guest_is_a_timeout(guest: Machine, results: Path) -> None:
+    """PID 1 goes on showing life, so it is the runner that is at fault, and the next test is run."""
+    limits = Limits(boot=120, silence=9, test=4, shutdown=5)
+    request = Request(guest, results, ("stops_itself", "passes_last"), limits=limits)
+    tamperer = Tamperer()
+    assert Supervisor(request, tamperer, tamperer.start).run() is ExitCode.TEST_FAILED
+    run = read_run([results])
+    assert verdicts(run) == {"stops_itself": Verdict.TIMEOUT, "passes_last": Verdict.PASSED}
+    assert "the guest is alive" in reason(run, "stops_itself")
+
+
+def test_a_real_run_leaves_nothing_out_and_adds_nothing(evil_run: Run) -> None:
+    """Every planned test once, no damaged lines, a positive end."""
+    assert list(verdicts(evil_run)) == list(EXPECTED)
+    assert evil_run.complete
+    assert not evil_run.damaged
+
+
+def test_a_hang_and_a_panic_come_with_a_stack(evil_run: Run) -> None:
+    """The panic's own, and for the hang the one that an NMI brought out of it."""
+    logs = {outcome.end.test: "\n".join(outcome.end.kernel_log) for outcome in evil_run.tests}
+    assert "sysrq_handle_crash" in logs["panics"]
+    assert "Call Trace" in logs["spins"] or "RIP:" in logs["spins"]
+
+
+def test_a_kernel_that_dies_while_booting_is_explained(guest: Machine, results: Path) -> None:
+    """No test was started: an error of its own, with the kernel's exit code and the console kept."""
+    nothing = results.with_name("empty.cpio")
+    nothing.write_bytes(archive([]))
+    machine = Machine(guest.kernel, nothing, "tcg", memory_mib=320)
+    request = Request(machine, results, limits=Limits(boot=120, shutdown=10), console=results.with_suffix(".console"))
+    with pytest.raises(HarnessError, match="Kernel panic - not syncing") as caught:
+        Supervisor(request, Tamperer()).run()
+    assert caught.value.code is ExitCode.KERNEL
+    assert "Kernel panic" in results.with_suffix(".console").read_text()
+
+
+def test_a_qemu_that_does_not_start_is_explained(guest: Machine, results: Path) -> None:
+    """Its own complaint is the message."""
+    machine = Machine(guest.kernel, Path("/nowhere/root.cpio"), "tcg")
+    with pytest.raises(HarnessError, match=r"QEMU ended with status 1.*/nowhere/root.cpio"):
+        Supervisor(Request(machine, results), Tamperer()).run()
+
+
+def test_qemu_dies_with_its_supervisor(guest: Machine) -> None:
+    """However the supervisor ends: a killed one must not leave a guest behind."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        qemu = Qemu(guest)
+        os.write(writer, str(qemu.process.pid).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writer)
+    pid = int(os.read(reader, 32))
+    os.close(reader)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and is_running(pid):
+        time.sleep(0.01)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

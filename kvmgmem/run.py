@@ -43,7 +43,7 @@ def results_path(wanted: str | None) -> Path:
     """Where the records go: the file asked for, which must not exist yet, or a fresh one below the temporary directory."""
     if wanted:
         path = Path(wanted)
-        if path.exists() and path.stat().st_size:
+        if _size(path):
             raise HarnessError(
                 f"{path} exists already", "records of several runs do not belong into one file: name another", ExitCode.USAGE
             )
@@ -51,6 +51,15 @@ def results_path(wanted: str | None) -> Path:
     directory = Path(tempfile.gettempdir()) / f"kvmgmem-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     return directory / f"run-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise HarnessError(f"cannot look at {path}: {error.strerror}", "name a file that you may write") from error
 
 
 def _pytest(args: argparse.Namespace, results: Path) -> int:

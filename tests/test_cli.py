@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -70,11 +71,17 @@ def test_a_device_that_is_no_kvm() -> None:
 
 @as_root
 @has_kvm
-def test_an_ordinary_user_without_permission_and_with(tmp_path: Path) -> None:
+def test_an_ordinary_user_without_permission_and_with() -> None:
     """A user without access is told so; one with access runs, and the run says what it left out."""
     if not os.access(sys.executable, os.X_OK) or not _readable_by_others(Path(sys.executable)):
         pytest.skip("this interpreter is not readable by an ordinary user")
-    tmp_path.chmod(0o777)
+    # Not below pytest's own directory, which is closed to other users.
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o777)
+        _run_as_an_ordinary_user(Path(directory))
+
+
+def _run_as_an_ordinary_user(tmp_path: Path) -> None:
     node = tmp_path / "kvm"
     setup = [f"mknod {node} c 10 232", f"mount --bind {node} /dev/kvm"]
     drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]

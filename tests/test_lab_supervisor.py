@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -665,6 +666,12 @@ def test_a_qemu_that_does_not_start_is_explained(guest: Machine, results: Path) 
     machine = Machine(guest.kernel, Path("/nowhere/root.cpio"), "tcg")
     with pytest.raises(HarnessError, match=r"QEMU ended with status 1.*/nowhere/root.cpio"):
         Supervisor(Request(machine, results), Tamperer()).run()
+
+
+def test_no_limits_are_no_error(guest: Machine) -> None:
+    """A guest that waits for a debugger may do so for ever, and what comes from QEMU meanwhile is read."""
+    with Qemu(replace(guest, append="console=none")) as qemu:
+        assert any(b"QMP" in line.data for line in qemu.wait(Limits.unlimited().boot))
 
 
 def test_qemu_dies_with_its_supervisor(guest: Machine) -> None:

@@ -333,6 +333,8 @@ def _fixed_entries() -> list[Entry]:
         Entry("/dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
         Entry("/usr/bin/python", stat.S_IFLNK | 0o777, b"python3"),
         Entry(f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}", stat.S_IFLNK | 0o777, b"python3"),
+        # Debian's own Python looks here instead (its site.py knows site-packages in virtual environments only).
+        Entry("/usr/lib/python3/dist-packages", stat.S_IFLNK | 0o777, guest_site_packages().encode()),
         Entry("/etc/passwd", stat.S_IFREG | 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n"),
         Entry("/etc/group", stat.S_IFREG | 0o644, b"root:x:0:\nnogroup:x:65534:\n"),
     ]

@@ -114,7 +114,9 @@ def _fetch(archive: AptArchive, package: Package, entry: Path, progress: Progres
 
 def _extract(deb: Path, folder: Path) -> None:
     with deb_files(deb) as archive:
-        archive.extractall(folder, members=_wanted(archive), filter="data")
+        # Where Python can (3.11.4, 3.12), only plain files below the folder; the names are matched in full in any case.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder, members=_wanted(archive))
 
 
 def _wanted(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -135,7 +135,8 @@ class Qemu:
 
         Console first, because what the kernel said before a record was sent explains that record.
         """
-        ready = {key.data for key, _ in self._selector.select(max(0.0, timeout))}
+        # Never for ever at a time: a limit may be infinite, which no system call takes.
+        ready = {key.data for key, _ in self._selector.select(min(max(0.0, timeout), 60.0))}
         lines: list[Line] = []
         for name in _ORDER:
             if name in ready or (ready and name == CONSOLE):

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from kvmgmem.lab.initramfs import (
     parse_ldd,
     project_items,
     pytest_ini,
+    remove_unused,
     render,
     required_distributions,
     trim_elf,
@@ -274,6 +276,21 @@ def test_the_images_python_imports_what_a_guest_needs(selftests: Path, shared_ca
     )
     assert done.stderr == ""
     assert done.stdout == f"{sys.version_info[:2]} /usr e3b0c442\n"
+
+
+def test_images_that_nobody_asks_for_are_removed(tmp_path: Path) -> None:
+    """Every edit of a test makes an image; the newest stay, and so does what somebody may be about to boot."""
+    now = time.time()
+    for number in range(6):
+        (tmp_path / f"initramfs-{number}.cpio").touch()
+        os.utime(tmp_path / f"initramfs-{number}.cpio", (now - 1000 * number, now - 1000 * number))
+    for name in ("base-old", "base-new"):
+        (tmp_path / f"{name}.cpio").touch()
+        (tmp_path / f"{name}.json").touch()
+    os.utime(tmp_path / "base-old.cpio", (now - 9999, now - 9999))
+    remove_unused(tmp_path, keep=1, age=3500)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*(f"initramfs-{number}.cpio" for number in range(4)), "base-new.cpio", "base-new.json"}
 
 
 def test_no_directory_of_tests_is_an_error(tmp_path: Path) -> None:

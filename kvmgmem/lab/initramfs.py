@@ -118,6 +118,9 @@ EMPTY_PACKAGES = ("pyroute2",)
 # A distribution that another one requires, but only for work that is done when something is built.
 BUILD_ONLY_DISTRIBUTIONS = frozenset({"pycparser"})
 
+KEPT_IMAGES = 4
+KEPT_SECONDS = 3600.0
+
 _KEPT_METADATA = ("METADATA", "entry_points.txt")
 
 
@@ -197,6 +200,7 @@ def build_image(request: ImageRequest, cache: Path, progress: Callable[[str], No
         built_project = not path.exists()
         if built_project:
             write_file(path, base.read_bytes() + archive(_project_entries(request, items)))
+            remove_unused(cache)
         else:
             os.utime(path)  # what has not been used for long is removed first
     return Image(path, path.stat().st_size, time.monotonic() - started, built_base, built_project)
@@ -693,6 +697,19 @@ def _key(items: Iterable[Item], *texts: str) -> str:
     for text in texts:
         digest.update(repr(text).encode())
     return digest.hexdigest()[:20]
+
+
+def remove_unused(cache: Path, keep: int = KEPT_IMAGES, age: float = KEPT_SECONDS) -> None:
+    """Remove the images that were not asked for in the last `age` seconds, but for the newest `keep` of each layer.
+
+    The age is a guard for guests of another process, which may be about to open what it was just given.
+    """
+    for pattern in ("initramfs-*.cpio", "base-*.cpio"):
+        images = sorted(cache.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in images[keep:]:
+            if time.time() - path.stat().st_mtime > age:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def find_busybox() -> Path | None:

@@ -2,12 +2,15 @@
 
 import gc
 import os
+import time
 from dataclasses import dataclass
 
 from kvmgmem import syscalls
 from kvmgmem.errors import KvmError
+from kvmgmem.testing.waiting import TIME_SCALE
 
 FD_DIRECTORY = "/proc/self/fd"
+THREAD_LIMIT = 0.5
 KVM_MAPPINGS = ("kvm-vcpu", "kvm-vm", "kvm-gmem")
 
 
@@ -63,6 +66,11 @@ def left_behind(before: Snapshot) -> list[str]:
         return []
     gc.collect()
     after = Snapshot.take()
+    # Thread.join returns a moment before the kernel's task is gone (Python 3.11 releases its lock first).
+    deadline = time.monotonic() + THREAD_LIMIT * TIME_SCALE
+    while after.threads > before.threads and time.monotonic() < deadline:
+        time.sleep(0.001)
+        after = Snapshot.take()
     return [*_new_fds(before, after), *_new_threads(before, after), *_new_mappings(before, after)]
 
 

@@ -1,6 +1,5 @@
 """GM-RES: what gmem costs, who pays for it, and what limits it. RLIMIT_NOFILE (GM-RES-010) is in test_cre.py."""
 
-import mmap
 import os
 import resource
 import signal
@@ -98,7 +97,7 @@ def nowhere(length: int) -> Mapping:
     Not 0: where B24 shows, the slot's page n is filled from address n * 4096 of this process, and an interpreter that is
     not position independent lies at 4 MiB (seen with Debian's on 6.18 under kvm_pvm: the guest wrote into it).
     """
-    return Mapping.anonymous(length, prot=mmap.PROT_NONE)
+    return Mapping.anonymous(length, prot=0)
 
 
 @contract("GM-RES-002")

@@ -67,8 +67,10 @@ def _on_host(args: argparse.Namespace) -> int:
 
 def _in_guest(args: argparse.Namespace) -> int:
     from kvmgmem.cli import build_parser
+    from kvmgmem.lab.kernels import build
     from kvmgmem.lab.vm_cli import run_vm
 
-    vm_args = build_parser().parse_args(["vm"])
+    # The newest release in the plain flavour, whatever else has been built or fetched since.
+    vm_args = build_parser().parse_args(["vm", f"--kernel={build().name}"])
     vm_args.pytest_args = args.pytest_args
     return run_vm(vm_args)

@@ -1,6 +1,6 @@
 """The supervisor: against scripted guests in no time, and against real ones that panic, hang, lie and go silent.
 
-The real ones boot a kernel under TCG: that of $KVMGMEM_TEST_KERNEL, or the one last built (`kvmgmem kernel build`).
+The real ones boot a kernel under TCG: that of $KVMGMEM_TEST_KERNEL, or the base kernel last built (`kvmgmem kernel build`).
 """
 
 import contextlib
@@ -538,7 +538,7 @@ def kernel() -> Path:
     try:
         require_qemu()
         wanted = os.environ.get("KVMGMEM_TEST_KERNEL")
-        return require_kernel_image(kernels.resolve(wanted).image)
+        return require_kernel_image(kernels.resolve(wanted or "base").image)
     except HarnessError as error:
         pytest.skip(f"no guest can be booted: {error.message} ({error.hint})")
 

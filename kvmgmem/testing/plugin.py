@@ -211,14 +211,6 @@ def pytest_runtest_makereport(
     return report
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """Show a known bug as such while the run goes on."""
-    if report.when == "call" and report.passed and getattr(report, "known_bug", False):
-        return "known bug", "b", "KNOWN BUG"
-    return None
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the end of the run; its exit status is the harness's, not pytest's."""

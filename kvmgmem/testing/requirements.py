@@ -1,7 +1,6 @@
 """Requirements: named facts about a kernel that some tests need, each with the sentence that says what is missing."""
 
 import os
-import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -318,8 +317,3 @@ def need(*names: str) -> None:
     missing = first_missing(list(names))
     if missing is not None:
         raise Missing(missing)
-
-
-def is_x86() -> bool:
-    """Whether this machine is x86-64."""
-    return platform.machine() == "x86_64"

@@ -6,7 +6,6 @@ import os
 import platform
 import shlex
 import signal
-import sys
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -326,8 +325,3 @@ def _repeat(nodeid: str) -> str:
     """The command that runs just this test on just this kernel."""
     template = os.environ.get("KVMGMEM_REPEAT", "kvmgmem run -- {test}")
     return template.replace("{test}", shlex.quote(nodeid))
-
-
-def fatal(message: str) -> None:
-    """Say one line on standard error."""
-    sys.stderr.write(f"kvmgmem: error: {message}\n")

@@ -1,5 +1,6 @@
 """Exit codes: one meaning each, the same for every verb."""
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 
@@ -14,3 +15,21 @@ class ExitCode(IntEnum):
     KERNEL = 5
     BISECT_SKIP = 125
     """For `git bisect run` alone: this kernel does not build or boot, so it says nothing (`kvmgmem vm --source`)."""
+
+
+GRAVITY = (ExitCode.OK, ExitCode.NOTHING_RAN, ExitCode.TEST_FAILED, ExitCode.USAGE, ExitCode.HARNESS, ExitCode.KERNEL)
+"""From the mildest to the gravest: what the kernel did is graver than any fault of the harness."""
+
+
+def gravest(codes: Iterable[int]) -> ExitCode:
+    """The exit code of several runs together."""
+    return max((ExitCode(code) for code in codes), key=GRAVITY.index)
+
+
+def code_of_part(value: int) -> ExitCode:
+    """What a part of a run ended with: 3 is for all parts together to say, and an unknown code is the harness's fault."""
+    try:
+        code = ExitCode(value)
+    except ValueError:
+        return ExitCode.HARNESS
+    return ExitCode.OK if code is ExitCode.NOTHING_RAN else code

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.exit_codes import ExitCode
+from kvmgmem.exit_codes import ExitCode, gravest
 from kvmgmem.results.compare import compare, write_comparison
 from kvmgmem.results.outputs import WRITERS, write_file
 from kvmgmem.results.run import exit_code, read_run
@@ -26,7 +26,6 @@ def add_report_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
 def run_report(args: argparse.Namespace) -> int:
     """Write what was asked for, and a table or summary; the gravest exit code of the runs. Raises `HarnessError`."""
     from kvmgmem.results.html import write_html_comparison
-    from kvmgmem.selftest import gravest
 
     runs = [read_run([path]) for path in args.files]
     for name in ("ktap", "junit", "markdown"):

@@ -2,12 +2,9 @@
 
 import argparse
 import shutil
-from collections.abc import Iterable
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.exit_codes import ExitCode
-
-GRAVITY = (ExitCode.OK, ExitCode.NOTHING_RAN, ExitCode.TEST_FAILED, ExitCode.USAGE, ExitCode.HARNESS, ExitCode.KERNEL)
+from kvmgmem.exit_codes import ExitCode, gravest
 
 
 def add_selftest_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,11 +28,6 @@ def run_selftest(args: argparse.Namespace) -> int:
         _say(f"running in a QEMU guest, because {reason or 'both were asked for'}")
         codes.append(_in_guest(args))
     return gravest(codes)
-
-
-def gravest(codes: Iterable[int]) -> int:
-    """The exit code of several runs together."""
-    return int(max((ExitCode(code) for code in codes), key=GRAVITY.index))
 
 
 def why_not_here() -> str:

@@ -13,9 +13,8 @@ import pytest
 
 from kvmgmem.cli import split_at_dashes
 from kvmgmem.contract_report import asserting_tests, report
-from kvmgmem.exit_codes import ExitCode
+from kvmgmem.exit_codes import GRAVITY, ExitCode
 from kvmgmem.results.run import read_run
-from kvmgmem.selftest import GRAVITY
 
 has_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm on this machine")
 as_root = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare(1)")

@@ -283,23 +283,27 @@ def _run_pytest(job: dict[str, Any]) -> int:
         f"--rootdir={PROJECT_DIRECTORY}",
         f"--results={_port_device(RESULTS_PORT)}",
     ]
-    return int(pytest.main(arguments, plugins=[Selection(frozenset(job.get("done", ())))]))
+    return int(pytest.main(arguments, plugins=[Selection(frozenset(job.get("done", ())), *job.get("share", (0, 1)))]))
 
 
 class Selection:
-    """A pytest plugin that drops the tests which an earlier boot of this run has finished.
+    """A pytest plugin that keeps this guest's share of the tests, less those which an earlier boot has finished.
 
-    By exact node id: --deselect matches prefixes, and would take test_ab along with test_a.
+    The share is every `guests`-th test. By exact node id: --deselect matches prefixes, and would take test_ab along with
+    test_a.
     """
 
-    def __init__(self, done: frozenset[str]) -> None:
+    def __init__(self, done: frozenset[str], number: int = 0, guests: int = 1) -> None:
         self.done = done
+        self.number = number
+        self.guests = guests
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        dropped = [item for item in items if item.nodeid in self.done]
-        items[:] = [item for item in items if item.nodeid not in self.done]
+        kept = [item for item in items[self.number :: self.guests] if item.nodeid not in self.done]
+        dropped = set(items).difference(kept)
+        items[:] = kept
         if dropped:
-            config.hook.pytest_deselected(items=dropped)
+            config.hook.pytest_deselected(items=list(dropped))
 
     def pytest_collection_finish(self) -> None:
         import gc

@@ -8,7 +8,6 @@ where it stopped.
 import argparse
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -20,18 +19,16 @@ from functools import partial
 from pathlib import Path
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.exit_codes import ExitCode
+from kvmgmem.exit_codes import ExitCode, gravest
+from kvmgmem.lab.capacity import guests_that_fit
 from kvmgmem.lab.kernels import Kernel, resolve
 from kvmgmem.lab.variants import PLAIN, Variant, lookup
 from kvmgmem.results.compare import compare, write_comparison
 from kvmgmem.results.html import write_html_comparison
 from kvmgmem.results.outputs import WRITERS, write_file
 from kvmgmem.results.run import Run, exit_code, read_run
-from kvmgmem.selftest import gravest
 
 GUEST_MEMORY_MIB = 1536
-QEMU_MEMORY_MIB = 512
-"""What QEMU itself takes beside the guest's memory: mostly translated code under TCG."""
 CLEAR_LINE = "\r\033[K"
 SUFFIXES = {"ktap": ".ktap", "junit": ".junit.xml", "markdown": ".md"}
 
@@ -61,8 +58,8 @@ class Column:
 
     @property
     def memory_mib(self) -> int:
-        """What it takes of the host's memory."""
-        return (self.variant.memory or GUEST_MEMORY_MIB) + QEMU_MEMORY_MIB
+        """The guest's memory."""
+        return self.variant.memory or GUEST_MEMORY_MIB
 
     def key(self) -> dict[str, object]:
         """What its records depend on: the command, and the image that was booted."""
@@ -91,7 +88,7 @@ def run_matrix(args: argparse.Namespace) -> int:
     for column in columns:
         column.command = _command(column, args)
         column.kept = _is_done(column)
-    jobs = args.jobs or jobs_for(max(column.memory_mib for column in columns))
+    jobs = args.jobs or guests_that_fit(max(column.memory_mib for column in columns))
     try:
         _run([column for column in columns if not column.kept], jobs)
     finally:
@@ -120,15 +117,6 @@ def _variant_names() -> frozenset[str]:
     return frozenset(VARIANTS)
 
 
-def jobs_for(memory_mib: int) -> int:
-    """How many guests of this size fit: one per core, and half of the memory that is available now."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            room = int(line.split()[1]) // 1024 // 2
-            return max(1, min(len(os.sched_getaffinity(0)), room // memory_mib))
-    return 1
-
-
 def _make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -139,7 +127,15 @@ def _make_directory(directory: Path) -> None:
 
 
 def _command(column: Column, args: argparse.Namespace) -> tuple[str, ...]:
-    words = [sys.executable, "-m", "kvmgmem.cli", "vm", f"--kernel={column.kernel.name}", f"--accel={args.accel}"]
+    words = [
+        sys.executable,
+        "-m",
+        "kvmgmem.cli",
+        "vm",
+        f"--kernel={column.kernel.name}",
+        f"--accel={args.accel}",
+        "--jobs=1",
+    ]
     words += [] if column.variant is PLAIN else [f"--variant={column.variant.name}"]
     return (*words, f"--results={column.results}", "--", *args.pytest_args)
 

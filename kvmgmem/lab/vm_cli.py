@@ -11,9 +11,11 @@ from pathlib import Path
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab.cache import cache_root
+from kvmgmem.lab.capacity import guests_that_fit
 from kvmgmem.lab.initramfs import Image, ImageRequest, build_image, find_busybox
 from kvmgmem.lab.kbuild import BuildError
 from kvmgmem.lab.kernels import Kernel, build, list_kernels, resolve
+from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import (
     Accelerator,
     Machine,
@@ -23,7 +25,7 @@ from kvmgmem.lab.machine import (
     require_qemu,
 )
 from kvmgmem.lab.progress import Progress
-from kvmgmem.lab.supervisor import Limits, Request, Supervisor
+from kvmgmem.lab.supervisor import Request, Supervisor
 from kvmgmem.lab.variants import lookup
 from kvmgmem.results.outputs import add_output_options, report
 from kvmgmem.run import results_path, selftests_directory
@@ -47,20 +49,33 @@ def add_vm_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
         metavar="DIR",
         help="build this kernel tree and boot it; exit code 125 if it does not build or boot, for `git bisect run`",
     )
-    parser.add_argument(
-        "--variant", default="plain", metavar="NAME", help="a machine by name (see `matrix`): npt0, numa2, ..."
-    )
-    parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="how QEMU executes the guest")
-    parser.add_argument("--memory", type=int, default=1536, metavar="MiB", help="the guest's memory (default 1536)")
-    parser.add_argument("--smp", type=int, default=2, metavar="N", help="its CPUs (default 2)")
-    parser.add_argument("--numa", type=int, default=1, metavar="N", help="its NUMA nodes (default 1)")
-    parser.add_argument("--append", default="", metavar="OPTIONS", help="more of the kernel's command line")
+    add_machine_options(parser)
     parser.add_argument("--selftests", metavar="DIR", help="the tests to run (default: those of kvmgmem)")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="what one test may take, before scaling")
     parser.add_argument("--require", default="", metavar="NAMES", help="requirements whose lack is a failure, not a skip")
     parser.add_argument("--shell", action="store_true", help="a shell in the guest instead of the selftests")
     parser.add_argument("--gdb", action="store_true", help="stop before the first instruction, for a debugger")
     add_output_options(parser)
+    # For verbs that have a guest of this one run something else: more files in it, another command that repeats one test.
+    parser.set_defaults(extra=(), repeat=None)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add what describes the guest, and what its tests may take."""
+    parser.add_argument(
+        "--variant", default="plain", metavar="NAME", help="a machine by name (see `matrix`): npt0, numa2, ..."
+    )
+    parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="how QEMU executes the guest")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="guests that share the tests (default: as memory and cores allow for the whole set, else 1)",
+    )
+    parser.add_argument("--memory", type=int, default=1536, metavar="MiB", help="the guest's memory (default 1536)")
+    parser.add_argument("--smp", type=int, default=2, metavar="N", help="its CPUs (default 2)")
+    parser.add_argument("--numa", type=int, default=1, metavar="N", help="its NUMA nodes (default 1)")
+    parser.add_argument("--append", default="", metavar="OPTIONS", help="more of the kernel's command line")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="what one test may take, before scaling")
 
 
 def run_vm(args: argparse.Namespace) -> int:
@@ -68,8 +83,8 @@ def run_vm(args: argparse.Namespace) -> int:
     _apply_variant(args)
     _check_numbers(args)
     qemu = require_qemu()
-    kernel = _built_from(args.source) if args.source else _kernel(args.kernel)
     accelerator = choose_accelerator(args.accel)
+    kernel = _built_from(args.source) if args.source else _kernel(args.kernel)
     image_request = _image_request(args, kernel)
     results = None if args.shell else results_path(args.results)
     with Progress(f"kvmgmem: {kernel.release} in QEMU, {accelerator.name}") as progress:
@@ -109,8 +124,9 @@ def _built_from(source: Path) -> Kernel:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("memory", 256), ("smp", 1), ("numa", 1)):
-        if getattr(args, name) < least:
+    for name, least in (("memory", 256), ("smp", 1), ("numa", 1), ("jobs", 1)):
+        number = getattr(args, name)
+        if number is not None and number < least:
             raise HarnessError(f"--{name} {getattr(args, name)} is too small", f"give at least {least}", ExitCode.USAGE)
     if args.numa > args.smp:
         raise HarnessError(f"--numa {args.numa} needs as many CPUs", f"give --smp {args.numa}", ExitCode.USAGE)
@@ -124,7 +140,8 @@ def _kernel(spec: str | None) -> Kernel:
 
 def _image_request(args: argparse.Namespace, kernel: Kernel) -> ImageRequest:
     directory = Path(args.selftests) if args.selftests else selftests_directory()
-    return ImageRequest(directory, modules=tuple(kernel.modules), busybox=find_busybox() if args.shell else None)
+    busybox = find_busybox() if args.shell else None
+    return ImageRequest(directory, modules=tuple(kernel.modules), busybox=busybox, extra=args.extra)
 
 
 def _machine(args: argparse.Namespace, kernel: Kernel, image: Image, accelerator: Accelerator, qemu: str) -> Machine:
@@ -161,16 +178,25 @@ def _supervise(
         flavour=kernel.flavour,
         time_scale=time_scale,
         limits=Limits.unlimited() if args.gdb else limits,
-        repeat=repeat_command(args, kernel),
+        guests=_guests(args),
+        repeat=args.repeat or repeat_command(args, kernel),
         console=results.with_suffix(".console"),
         environment={} if args.variant == "plain" else {"KVMGMEM_VARIANT": args.variant},
     )
     supervisor = Supervisor(request, progress)
     supervisor.run()
     if supervisor.first_test_after is not None:
+        guests = f"{request.guests} guests, " if request.guests > 1 else ""
         boots = "1 boot" if supervisor.boots == 1 else f"{supervisor.boots} boots"
-        progress.note(f"first test after {supervisor.first_test_after:.1f} s, {boots}")
+        progress.note(f"first test after {supervisor.first_test_after:.1f} s, {guests}{boots}")
     return supervisor
+
+
+def _guests(args: argparse.Namespace) -> int:
+    """How many guests share the tests: a few tests are not worth a second boot, and a debugger follows one."""
+    if args.jobs is not None:
+        return int(args.jobs)
+    return 1 if args.pytest_args or args.gdb else guests_that_fit(args.memory)
 
 
 def _pytest_args(args: argparse.Namespace) -> tuple[str, ...]:

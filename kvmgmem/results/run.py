@@ -8,7 +8,7 @@ from typing import Final
 
 from kvmgmem.catalogue.contract import AREAS, area_of
 from kvmgmem.errors import HarnessError
-from kvmgmem.exit_codes import ExitCode
+from kvmgmem.exit_codes import ExitCode, code_of_part, gravest
 from kvmgmem.results.records import (
     Circumstances,
     Heartbeat,
@@ -245,15 +245,6 @@ def _read_file(path: Path, collector: _Collector, damaged: list[DamagedLine]) ->
 
 _RAN: Final = (Verdict.PASSED, Verdict.KNOWN_BUG)
 _TEST_FAULTS: Final = (Verdict.FAILED, Verdict.CRASHED, Verdict.TIMEOUT, Verdict.NOT_RUN)
-# Which of two codes a run ends with: the graver one, and what the kernel did is graver than any fault of the harness.
-_GRAVITY: Final = (
-    ExitCode.OK,
-    ExitCode.NOTHING_RAN,
-    ExitCode.TEST_FAILED,
-    ExitCode.USAGE,
-    ExitCode.HARNESS,
-    ExitCode.KERNEL,
-)
 
 
 def _code_of_verdicts(run: Run) -> ExitCode:
@@ -267,22 +258,13 @@ def _code_of_verdicts(run: Run) -> ExitCode:
     return ExitCode.OK if seen.intersection(_RAN) else ExitCode.NOTHING_RAN
 
 
-def _code_of_run_end(end: RunEnd) -> ExitCode:
-    """What the runner itself ended with. That nothing ran is for all segments together to say, so it counts as 0."""
-    try:
-        code = ExitCode(end.exit)
-    except ValueError:
-        return ExitCode.HARNESS
-    return ExitCode.OK if code is ExitCode.NOTHING_RAN else code
-
-
 def run_fault(run: Run) -> str:
     """Return why the run as a whole is at fault beyond what its tests show, in one line; "" if it is not."""
     if not run.complete:
         return NO_RUN_END
-    by_tests = _GRAVITY.index(_code_of_verdicts(run))
+    by_tests = _code_of_verdicts(run)
     for end in run.run_ends:
-        if _GRAVITY.index(_code_of_run_end(end)) > by_tests:
+        if gravest((by_tests, code_of_part(end.exit))) is not by_tests:
             return f"the run ended with exit code {end.exit}, which no test explains"
     return ""
 
@@ -294,10 +276,10 @@ def exit_code(run: Run) -> ExitCode:
     planned but not run test is TEST_FAILED; else NOTHING_RAN if no test passed or showed a known bug; else OK. What the
     runner wrote into its run-end makes the code graver, never milder.
     """
-    codes = [_code_of_verdicts(run), *map(_code_of_run_end, run.run_ends)]
+    codes = [_code_of_verdicts(run), *(code_of_part(end.exit) for end in run.run_ends)]
     if not run.complete:
         codes.append(ExitCode.HARNESS)
-    return max(codes, key=_GRAVITY.index)
+    return gravest(codes)
 
 
 def by_area(run: Run) -> Mapping[str, Sequence[TestOutcome]]:

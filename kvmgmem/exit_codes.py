@@ -13,6 +13,8 @@ class ExitCode(IntEnum):
     NOTHING_RAN = 3
     HARNESS = 4
     KERNEL = 5
+    CANNOT_EXPRESS = 6
+    """`kvmgmem repro`: the trace holds something that no C program of its kind can do."""
     BISECT_SKIP = 125
     """For `git bisect run` alone: this kernel does not build or boot, so it says nothing (`kvmgmem vm --source`)."""
 

@@ -5,6 +5,8 @@ import os
 from types import TracebackType
 from typing import Self
 
+from kvmgmem import entry
+
 
 class OwnedFd:
     """Base of every object that stands for a kernel object behind a file descriptor."""
@@ -27,6 +29,8 @@ class OwnedFd:
         """Close the descriptor; a second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            if entry.watcher is not None:
+                entry.watcher.closing(fd)
             os.close(fd)
 
     def release(self) -> int:
@@ -37,7 +41,10 @@ class OwnedFd:
     def dup(self, *, cloexec: bool = True) -> "OwnedFd":
         """A second descriptor for the same open file (F_DUPFD or F_DUPFD_CLOEXEC)."""
         command = fcntl.F_DUPFD_CLOEXEC if cloexec else fcntl.F_DUPFD
-        return OwnedFd(fcntl.fcntl(self.fileno(), command, 0))
+        copy = fcntl.fcntl(self.fileno(), command, 0)
+        if entry.watcher is not None:
+            entry.watcher.duplicated(self.fileno(), copy)
+        return OwnedFd(copy)
 
     @property
     def cloexec(self) -> bool:
@@ -56,7 +63,7 @@ class OwnedFd:
 
     def __del__(self) -> None:
         # At interpreter exit `os` may be gone already; then the kernel closes for us.
-        if getattr(self, "_fd", -1) >= 0 and os is not None:
+        if getattr(self, "_fd", -1) >= 0 and os is not None and entry is not None:
             self.close()
 
     def __repr__(self) -> str:

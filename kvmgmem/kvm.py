@@ -58,6 +58,8 @@ class Kvm(OwnedFd):
                 f"{path} does not open: {os.strerror(error.errno or 0)}",
                 "look into the kernel log for what kvm says, or run in a guest: kvmgmem vm",
             ) from error
+        if entry.watcher is not None:
+            entry.watcher.opened(str(path), kvm.fileno())
         version = kvm.raw.api_version()
         if version != lib.KVM_API_VERSION:
             kvm.close()

@@ -5,8 +5,8 @@ import signal
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-from kvmgmem import syscalls
-from kvmgmem._native import ffi, lib
+from kvmgmem import entry, syscalls
+from kvmgmem._native import ffi
 from kvmgmem.abi import PAGE_SIZE, MemFlag
 from kvmgmem.errors import Answer, Errno, KvmError
 
@@ -93,13 +93,13 @@ class Mapping:
     def try_load(self, offset: int = 0, width: int = 8) -> int | Fault:
         """Read `width` bytes (1, 2, 4 or 8) at `offset`, little endian, or say which signal it raised."""
         raw = ffi.new("struct kvmgmem_fault *")
-        value = lib.kvmgmem_load(self.address + offset, width, raw)
+        value = entry.native.kvmgmem_load(self.address + offset, width, raw)
         return _fault_of(raw) or int(value)
 
     def try_store(self, value: int, offset: int = 0, width: int = 8) -> Fault | None:
         """Write `width` bytes at `offset`; None if it worked, else the signal it raised."""
         raw = ffi.new("struct kvmgmem_fault *")
-        lib.kvmgmem_store(self.address + offset, width, value, raw)
+        entry.native.kvmgmem_store(self.address + offset, width, value, raw)
         return _fault_of(raw)
 
     def load(self, offset: int = 0, width: int = 8) -> int:
@@ -118,7 +118,7 @@ class Mapping:
     def fill(self, byte: int, offset: int = 0, length: int | None = None) -> None:
         """Set `length` bytes (default: all) to `byte`."""
         raw = ffi.new("struct kvmgmem_fault *")
-        lib.kvmgmem_fill(self.address + offset, self.length - offset if length is None else length, byte, raw)
+        entry.native.kvmgmem_fill(self.address + offset, self.length - offset if length is None else length, byte, raw)
         fault = _fault_of(raw)
         if fault:
             raise MemoryAccessError(f"fill from offset {offset:#x}", fault)
@@ -127,7 +127,7 @@ class Mapping:
         """Whether `length` bytes (default: all) from `offset` are `byte`."""
         raw = ffi.new("struct kvmgmem_fault *")
         span = self.length - offset if length is None else length
-        first = lib.kvmgmem_first_other(self.address + offset, span, byte, raw)
+        first = entry.native.kvmgmem_first_other(self.address + offset, span, byte, raw)
         fault = _fault_of(raw)
         if fault:
             raise MemoryAccessError(f"read from offset {offset:#x}", fault)
@@ -137,7 +137,7 @@ class Mapping:
         """Copy `length` bytes out of the mapping."""
         raw = ffi.new("struct kvmgmem_fault *")
         buffer = ffi.new("char[]", length)
-        lib.kvmgmem_copy_in(buffer, self.address + offset, length, raw)
+        entry.native.kvmgmem_copy_in(buffer, self.address + offset, length, raw)
         fault = _fault_of(raw)
         if fault:
             raise MemoryAccessError(f"read of {length} bytes at offset {offset:#x}", fault)
@@ -146,7 +146,7 @@ class Mapping:
     def write(self, offset: int, data: bytes) -> None:
         """Copy `data` into the mapping."""
         raw = ffi.new("struct kvmgmem_fault *")
-        lib.kvmgmem_copy_out(self.address + offset, data, len(data), raw)
+        entry.native.kvmgmem_copy_out(self.address + offset, data, len(data), raw)
         fault = _fault_of(raw)
         if fault:
             raise MemoryAccessError(f"write of {len(data)} bytes at offset {offset:#x}", fault)

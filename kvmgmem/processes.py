@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from kvmgmem import entry
+
 TIME_SCALE = float(os.environ.get("KVMGMEM_TIME_SCALE", "1"))
 LIMIT = 20.0 * TIME_SCALE
 _MESSAGE_SIZE = 1 << 18
@@ -38,6 +40,7 @@ class Channel:
 
     def send(self, message: Any = None, fds: Sequence[int] = ()) -> None:
         """Send an object and any descriptors."""
+        entry.tell("send", fds=fds)
         socket.send_fds(self._socket, [pickle.dumps(message)], list(fds))
 
     def receive(self, limit: float = LIMIT) -> Any:
@@ -51,6 +54,7 @@ class Channel:
         data, fds, _, _ = socket.recv_fds(self._socket, _MESSAGE_SIZE, _MAX_FDS)
         if not data:
             raise ChildError("the other process is gone")
+        entry.tell("receive", fds=fds)
         return pickle.loads(data), fds
 
     def close(self) -> None:
@@ -71,6 +75,8 @@ class ChildProcess:
         if self.pid == 0:
             ours.close()
             for fd in close_fds:
+                if entry.watcher is not None:
+                    entry.watcher.closing(fd)
                 os.close(fd)
             _run(function, Channel(theirs))
         theirs.close()
@@ -97,6 +103,7 @@ class ChildProcess:
     def kill(self) -> None:
         """SIGKILL the child and reap it."""
         if self._status is None:
+            entry.tell("kill", peer=self.pid)
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
 
@@ -107,6 +114,7 @@ class ChildProcess:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self._status = status
+                entry.tell("wait", peer=pid)
             elif time.monotonic() > deadline:
                 raise ChildError(f"process {self.pid} did not end within {limit:g} s")
             else:
@@ -148,6 +156,7 @@ def _run(function: Callable[[Channel], Any], channel: Channel) -> None:
     try:
         channel.send(message)
     finally:
+        entry.tell("exit")
         os._exit(0)
 
 
@@ -164,6 +173,7 @@ def spawn_python(code: str, *arguments: str) -> "subprocess.Popen[str]":
 
     Only the standard library is there: this is how an exec'd program without our binding behaves.
     """
+    entry.tell("exec")
     return subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", code, *arguments],
         close_fds=False,

@@ -54,7 +54,12 @@ class Userfaultfd(OwnedFd):
 
     def register(self, address: int, length: int, mode: int) -> Answer:
         """UFFDIO_REGISTER of a range for `mode`."""
-        return ioctl_struct(self.fileno(), _REGISTER, ffi.new("uint64_t[]", [address, length, mode, 0]))
+        return self.try_register(address, length, mode)[0]
+
+    def try_register(self, address: int, length: int, mode: int) -> tuple[Answer, int]:
+        """The same: the answer, and the bits of the ioctls that the kernel offers for the range."""
+        request = ffi.new("uint64_t[]", [address, length, mode, 0])
+        return ioctl_struct(self.fileno(), _REGISTER, request), int(request[3])
 
     def write_protect(self, address: int, length: int) -> Answer:
         """UFFDIO_WRITEPROTECT: arm write protection on a range registered with `RegisterMode.WP`."""

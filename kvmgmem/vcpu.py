@@ -33,7 +33,7 @@ class RawVcpu:
         """One KVM_RUN (api.rst 4.10) with a deadline in seconds (0: none); never re-entered."""
         vcpu = self._vcpu
         answer = entry.answer_of(
-            lib.kvmgmem_vcpu_run(vcpu.fileno(), vcpu.kvm_run, vcpu.runner, int(timeout * 1_000_000_000))
+            entry.native.kvmgmem_vcpu_run(vcpu.fileno(), vcpu.kvm_run, vcpu.runner, int(timeout * 1_000_000_000))
         )
         kicked, vcpu.runner.kicked = bool(vcpu.runner.kicked), 0
         return RunResult(answer, decode(vcpu.kvm_run), bool(vcpu.runner.expired), kicked)
@@ -128,7 +128,7 @@ class Vcpu(OwnedFd):
 
     def kick(self) -> None:
         """Make the vCPU leave KVM_RUN, or not enter it at all if it is on the way in."""
-        lib.kvmgmem_vcpu_kick(self.kvm_run, self.runner)
+        entry.native.kvmgmem_vcpu_kick(self.kvm_run, self.runner)
 
     def forget_kick(self) -> None:
         """Take back a kick that came after KVM_RUN had ended anyway, so that it does not end the next one."""

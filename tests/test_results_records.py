@@ -141,6 +141,7 @@ def test_the_line_is_the_agreed_schema() -> None:
         "kernel_log": [],
         "repeat": None,
         "overhead": None,
+        "properties": {},
     }
     assert json.loads(to_line(RunEnd(3.0, 0, {"passed": 1}, ("x",)))) == {
         "record": "run-end",

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -189,6 +190,15 @@ def test_a_run_goes_on_after_a_panic(tmp_path: Path) -> None:
     assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PANICKED, "c": Verdict.PASSED}
     assert (run.segments, run.complete, run.plan) == (2, True, ("a", "b", "c"))
     assert exit_code(run) is ExitCode.KERNEL
+
+
+def test_only_another_machine_makes_a_run_mixed(tmp_path: Path) -> None:
+    """Which boot of a guest it was is no circumstance of the kernel; its release is."""
+    boots = [replace(CIRCUMSTANCES, extra={"boot": boot, "resumed": boot > 1}) for boot in (1, 2)]
+    same = write(tmp_path / "same", *(RunStart("ab", 1.0, facts) for facts in boots), END)
+    other = write(tmp_path / "other", START, RunStart("cd", 1.0, replace(CIRCUMSTANCES, release="6.12.1")), END)
+    assert not read_run([same]).mixed
+    assert read_run([other]).mixed
 
 
 def test_a_segment_that_did_not_end_makes_the_run_incomplete(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from kvmgmem.lab.supervisor import Request, Supervisor
 from kvmgmem.lab.variants import lookup
 from kvmgmem.results.outputs import add_output_options, report
 from kvmgmem.run import results_path, selftests_directory
+from kvmgmem.trace.file import write_traces
 
 QUIET = ("-q", "--no-header", "--no-summary", "--tb=no", "-p", "no:cacheprovider")
 GDB_PORT = 1234
@@ -52,6 +53,7 @@ def add_vm_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
     add_machine_options(parser)
     parser.add_argument("--selftests", metavar="DIR", help="the tests to run (default: those of kvmgmem)")
     parser.add_argument("--require", default="", metavar="NAMES", help="requirements whose lack is a failure, not a skip")
+    parser.add_argument("--trace", metavar="DIR", help="record every call of each test in a file of its own there")
     parser.add_argument("--shell", action="store_true", help="a shell in the guest instead of the selftests")
     parser.add_argument("--gdb", action="store_true", help="stop before the first instruction, for a debugger")
     add_output_options(parser)
@@ -70,6 +72,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="guests that share the tests (default: as memory and cores allow for the whole set, else 1)",
+    )
+    parser.add_argument(
+        "--boots", type=int, default=25, metavar="N", help="how often a dying guest is started at most (default 25)"
     )
     parser.add_argument("--memory", type=int, default=1536, metavar="MiB", help="the guest's memory (default 1536)")
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="its CPUs (default 2)")
@@ -97,6 +102,8 @@ def run_vm(args: argparse.Namespace) -> int:
         supervisor = _supervise(args, kernel, machine, accelerator, results, progress) if results else None
     if results is None or supervisor is None:
         return _shell(machine)
+    if args.trace:
+        write_traces(supervisor.records, Path(args.trace))
     if not supervisor.records:
         print(supervisor.runner_output.rstrip())  # pytest was to list tests, not to run any
         return ExitCode.OK
@@ -124,7 +131,7 @@ def _built_from(source: Path) -> Kernel:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("memory", 256), ("smp", 1), ("numa", 1), ("jobs", 1)):
+    for name, least in (("memory", 256), ("smp", 1), ("numa", 1), ("jobs", 1), ("boots", 1)):
         number = getattr(args, name)
         if number is not None and number < least:
             raise HarnessError(f"--{name} {getattr(args, name)} is too small", f"give at least {least}", ExitCode.USAGE)
@@ -178,6 +185,7 @@ def _supervise(
         flavour=kernel.flavour,
         time_scale=time_scale,
         limits=Limits.unlimited() if args.gdb else limits,
+        boots=args.boots,
         guests=_guests(args),
         repeat=args.repeat or repeat_command(args, kernel),
         console=results.with_suffix(".console"),
@@ -203,6 +211,8 @@ def _pytest_args(args: argparse.Namespace) -> tuple[str, ...]:
     words = [*QUIET, f"--require={args.require}"]
     if args.timeout is not None:
         words.append(f"--test-timeout={args.timeout:g}")
+    if args.trace:
+        words.append("--trace-to=-")  # through the results: what stays in the guest dies with its kernel
     directory = Path(args.selftests) if args.selftests else selftests_directory()
     return (*words, *(_as_in_guest(word, directory) for word in args.pytest_args))
 
@@ -225,11 +235,19 @@ def _as_in_guest(word: str, selftests: Path) -> str:
 
 def repeat_command(args: argparse.Namespace, kernel: Kernel) -> str:
     """The command that runs just one test on just this kernel and machine; `{test}` stands for the node id."""
-    words = ["kvmgmem", "vm", "--kernel", kernel.name]
-    for name, default in (("accel", "auto"), ("memory", 1536), ("smp", 2), ("numa", 1), ("append", ""), ("selftests", None)):
+    words = ["kvmgmem", "vm", "--kernel", kernel.name, *machine_words(args)]
+    if args.selftests is not None:
+        words += ["--selftests", str(args.selftests)]
+    return f"{shlex.join(words)} -- {{test}}"
+
+
+def machine_words(args: argparse.Namespace) -> list[str]:
+    """The options that make this machine, where they are not the defaults."""
+    words: list[str] = []
+    for name, default in (("accel", "auto"), ("memory", 1536), ("smp", 2), ("numa", 1), ("append", "")):
         if getattr(args, name) != default:
             words += [f"--{name}", str(getattr(args, name))]
-    return f"{shlex.join(words)} -- {{test}}"
+    return words
 
 
 def _gdb_line(kernel: Kernel) -> str:

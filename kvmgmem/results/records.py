@@ -119,6 +119,8 @@ class TestEnd:
     """The command that runs this test again."""
     overhead: float | None = None
     """Seconds spent on isolation and leak checks, of `duration`."""
+    properties: Mapping[str, str] = field(default_factory=dict)
+    """What the test had to say beside its verdict (pytest's record_property)."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,14 @@ class Note:
 
     time: float
     text: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A line of a test's trace on its way out of a guest: what is not on the wire dies with the kernel."""
+
+    test: str
+    line: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ class RunEnd:
     """What was not looked at, and why."""
 
 
-Record = RunStart | Plan | TestStart | TestEnd | Note | Heartbeat | RunEnd
+Record = RunStart | Plan | TestStart | TestEnd | Note | Trace | Heartbeat | RunEnd
 
 _KIND_OF: Final[dict[type[Record], str]] = {
     RunStart: "run-start",
@@ -155,6 +165,7 @@ _KIND_OF: Final[dict[type[Record], str]] = {
     TestStart: "test-start",
     TestEnd: "test-end",
     Note: "note",
+    Trace: "trace",
     Heartbeat: "heartbeat",
     RunEnd: "run-end",
 }
@@ -263,6 +274,12 @@ class _Fields:
             raise ValueError(f"{self.what}: {key!r} must be a list of texts")
         return tuple(value)
 
+    def texts_by_name(self, key: str) -> Mapping[str, str]:
+        value = self.fields.get(key, {})
+        if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+            raise ValueError(f"{self.what}: {key!r} must be an object of texts")
+        return value
+
     def object(self, key: str) -> "_Fields":
         value = self._required(key)
         if not isinstance(value, dict):
@@ -330,6 +347,7 @@ def _test_end(fields: _Fields) -> TestEnd:
         kernel_log=fields.texts("kernel_log"),
         repeat=fields.text_or_null("repeat"),
         overhead=fields.number_or_null("overhead"),
+        properties=fields.texts_by_name("properties"),
     )
 
 
@@ -349,6 +367,7 @@ _PARSERS: Final[dict[str, Callable[[_Fields], Record]]] = {
     "test-start": _test_start,
     "test-end": _test_end,
     "note": lambda fields: Note(fields.number("time"), fields.text("text")),
+    "trace": lambda fields: Trace(fields.text("test"), fields.object("line").fields),
     "heartbeat": lambda fields: Heartbeat(fields.number("time")),
     "run-end": _run_end,
 }

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +19,7 @@ from kvmgmem.results.records import (
     RunStart,
     TestEnd,
     TestStart,
+    Trace,
     Verdict,
     parse_line,
 )
@@ -76,6 +77,8 @@ class Run:
     """The time of the last record that has one."""
     segments: int = 0
     """Run-start records seen: more than one where a guest was booted again, or a run was appended to an older one."""
+    mixed: bool = False
+    """The segments were made on different kernels or machines, so that `circumstances` speak for the last alone."""
     plan: tuple[str, ...] = ()
     tests: tuple[TestOutcome, ...] = ()
     """In the order of their starts, then those that were planned and have no record (verdict not-run)."""
@@ -112,6 +115,7 @@ class _Collector:
     times: list[float] = field(default_factory=list)
     first_start: float | None = None
     segments: int = 0
+    mixed: bool = False
     plan: dict[str, None] = field(default_factory=dict)  # an ordered set, as the other two
     starts: dict[str, TestStart | None] = field(default_factory=dict)
     ends: dict[str, TestEnd] = field(default_factory=dict)
@@ -122,10 +126,11 @@ class _Collector:
     """That of the last segment; None while it lasts."""
 
     def add(self, record: Record) -> None:
-        if not isinstance(record, Plan):
+        if not isinstance(record, Plan | Trace):
             self.times.append(record.time)
         match record:
             case RunStart():
+                self.mixed = self.mixed or not _same_circumstances(self.circumstances, record.circumstances)
                 self.circumstances = record.circumstances
                 self.first_start = record.time if self.first_start is None else self.first_start
                 self.segments += 1
@@ -146,7 +151,7 @@ class _Collector:
             case RunEnd():
                 self.left_out.update(dict.fromkeys(record.left_out))
                 self.run_end = record
-            case Heartbeat():
+            case Heartbeat() | Trace():
                 pass
 
     def run(self, run_ends: Sequence[RunEnd | None], damaged: Sequence[DamagedLine]) -> Run:
@@ -161,6 +166,7 @@ class _Collector:
             start=self.first_start,
             finish=self.times[-1] if self.times else None,
             segments=self.segments,
+            mixed=self.mixed,
             plan=tuple(self.plan),
             tests=(*seen, *missing),
             notes=tuple(self.notes),
@@ -175,6 +181,20 @@ class _Collector:
             return _outcome(self.ends[test], start)
         lost = TestEnd(test, start.time if start else 0.0, Verdict.ERROR, reason=NEVER_ENDED)
         return _outcome(_end_that_counts(self.ends.get(test), lost), start, still_open=True)
+
+
+_OF_ONE_BOOT: Final = ("boot", "resumed")
+
+
+def _same_circumstances(earlier: Circumstances | None, later: Circumstances) -> bool:
+    """Whether two segments differ in nothing but which boot of the guest they are."""
+    if earlier is None:
+        return True
+    return replace(earlier, extra=_lasting(earlier.extra)) == replace(later, extra=_lasting(later.extra))
+
+
+def _lasting(extra: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in extra.items() if name not in _OF_ONE_BOOT}
 
 
 def _end_that_counts(earlier: TestEnd | None, later: TestEnd) -> TestEnd:

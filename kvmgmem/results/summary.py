@@ -209,5 +209,5 @@ def _notes(run: Run, _paint: Paint) -> Iterator[str]:
     yield from (f"note: {one_line(note)}" for note in run.notes)
     yield from (f"left out: {one_line(what)}" for what in run.left_out)
     yield from (f"damaged: {one_line(str(line))}" for line in run.damaged)
-    if run.segments > 1:
-        yield f"note: the run has {run.segments} segments; the circumstances are those of the last"
+    if run.mixed:
+        yield f"note: the run has {run.segments} segments of different circumstances; those told are the last one's"

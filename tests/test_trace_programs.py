@@ -1,0 +1,354 @@
+"""What is made of a trace: which steps stay, the C program, and the replay; on memory and processes, which need no KVM."""
+
+import mmap
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmgmem import cli
+from kvmgmem.abi import PAGE_SIZE, GiB, MiB
+from kvmgmem.errors import Errno
+from kvmgmem.exit_codes import ExitCode
+from kvmgmem.memory import Mapping, MemoryRegion
+from kvmgmem.processes import ChildProcess
+from kvmgmem.trace import c_parts
+from kvmgmem.trace.expectation import find_check
+from kvmgmem.trace.file import TraceFile
+from kvmgmem.trace.prune import needed_steps
+from kvmgmem.trace.recorder import recording
+from kvmgmem.trace.repeat import repeat
+from kvmgmem.trace.repro import COMPILER
+from kvmgmem.trace.steps import Trace, load
+
+needs_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm on this machine")
+needs_cc = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C compiler on this machine")
+
+STAMP = 0x5EED
+SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Callable[[Callable[[Any], None]], Path]:
+    """Record an action; the trace's path."""
+
+    def into_file(action: Callable[[Any], None]) -> Path:
+        file = TraceFile(tmp_path / "a.trace")
+        with recording(
+            file, {"release": "1.2.3", "backend": "none", "paging": "no"}, test="the test", rule="A rule."
+        ) as recorder:
+            action(recorder)
+        file.close()
+        return tmp_path / "a.trace"
+
+    return into_file
+
+
+def memory(recorder: Any) -> None:
+    """A store, and a load that finds it."""
+    with Mapping.anonymous(PAGE_SIZE) as unused, Mapping.anonymous(PAGE_SIZE) as memory:
+        unused.store(1)
+        memory.store(STAMP, 8, width=4)
+        recorder.expect(memory.load(8), STAMP)
+
+
+def run_program(trace: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Make the program, compile it with every warning an error, and run it."""
+    source = trace.with_name("bug.c")
+    assert cli.main(["repro", str(trace), "-o", str(source), "--build", *options]) == ExitCode.OK
+    return subprocess.run([source.with_suffix("")], check=False, capture_output=True, text=True, timeout=60)
+
+
+def calls(trace: Trace, expect: str = "") -> list[str]:
+    """The steps that stay."""
+    return [step.id for step in needed_steps(trace, find_check(trace, expect))]
+
+
+# -- programs
+
+
+@needs_cc
+def test_a_program_says_that_all_is_well_or_not(record: Any) -> None:
+    """Exit status 0 if the answer is what is wanted, 1 if not; what does not matter is not in it."""
+    path = record(memory)
+    done = run_program(path)
+    assert (done.returncode, done.stdout) == (0, "OK: the host's load: got 0x5eed, wanted 0x5eed\n")
+    text = path.with_name("bug.c").read_text()
+    assert "A rule." in text
+    assert "mem1" in text
+    assert "mem0" not in text
+    done = run_program(path, "--expect", "p0.5=1")
+    assert (done.returncode, done.stdout) == (1, "BUG: the host's load: got 0x5eed, wanted 0x1\n")
+
+
+@needs_cc
+def test_a_program_that_cannot_tell_skips(record: Any, tmp_path: Path) -> None:
+    """What has to work first and does not is no answer to the question: 4, as a kselftest skips."""
+
+    def action(_: object) -> None:
+        with Mapping.anonymous(PAGE_SIZE) as memory:
+            memory.load()
+
+    path = record(action)
+    path.write_text(path.read_text().replace('"length":4096,"prot"', f'"length":{1 << 60},"prot"'))
+    assert run_program(path, "--expect", "p0.2=0").returncode == 4
+
+
+@needs_cc
+def test_a_signal_is_an_answer_in_c_too(record: Any) -> None:
+    """A load that raises a signal does not end the program."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.anonymous(PAGE_SIZE, prot=0) as memory:
+            recorder.expect(memory.try_load(), 0)
+
+    path = record(action)
+    assert run_program(path).returncode == 1
+    assert run_program(path, "--expect", "p0.2=SIGSEGV").returncode == 0
+
+
+@needs_cc
+def test_several_processes_take_turns(record: Any) -> None:
+    """What a child stores the parent loads, and the other way round, in the recorded order."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.try_map(PAGE_SIZE, flags=SHARED) as memory:  # type: ignore[union-attr]
+            memory.store(1)
+
+            def child(channel: Any) -> None:
+                memory.store(memory.load() + 1)
+                channel.send("done")
+                channel.receive()
+                memory.store(STAMP)
+
+            with ChildProcess(child) as process:
+                assert process.receive() == "done"
+                memory.store(3, 8)
+                process.send()
+                process.result()
+                process.wait()
+            recorder.expect(memory.load(), STAMP)
+
+    path = record(action)
+    assert [step.process for step in load(path).steps if step.call == "store"] == ["p0", "p1", "p0", "p1"]
+    assert run_program(path).returncode == 0
+    assert "static void p1_does(void)" in path.with_name("bug.c").read_text()
+
+
+@needs_cc
+def test_descriptors_pass_in_c_as_they_did(record: Any) -> None:
+    """A descriptor that a child sent is used by the parent."""
+
+    def action(recorder: Any) -> None:
+        def child(channel: Any) -> None:
+            channel.send(fds=[os.open("/dev/zero", os.O_RDWR)])
+            channel.receive()
+
+        with ChildProcess(child) as process:
+            (fd,) = process.channel.receive_with_fds()[1]
+            os.set_inheritable(fd, False)
+            mapping = Mapping.try_map(PAGE_SIZE, fd=fd, flags=mmap.MAP_PRIVATE)
+            recorder.expect(0 if isinstance(mapping, Mapping) else mapping, Errno.EBADF)
+            process.send()
+            process.wait()
+        os.close(fd)
+
+    path = record(action)
+    done = run_program(path)
+    assert (done.returncode, done.stdout) == (1, "BUG: mmap: got 0, wanted Bad file descriptor\n")
+
+
+@needs_cc
+def test_calls_that_ran_into_each_other_do_so_again(record: Any) -> None:
+    """Two threads are released together, round after round, until the answer comes that nobody should get."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.anonymous(PAGE_SIZE) as memory:
+            beside = threading.Thread(target=lambda: memory.protect(mmap.PROT_READ))
+            answer = memory.protect(mmap.PROT_READ, 1)
+            beside.start()
+            beside.join()
+            recorder.expect(answer, Errno.ENOMEM)
+
+    path = record(action)
+    lines = path.read_text().splitlines()
+    first_answer = next(number for number, line in enumerate(lines) if '"answer":"EINVAL"' in line)
+    # As if the second call had begun before the first one was answered.
+    lines.insert(first_answer, lines.pop(first_answer + 1))
+    path.write_text("\n".join(lines) + "\n")
+    done = run_program(path)
+    assert (done.returncode, done.stdout) == (1, "BUG: mprotect: Invalid argument\n")
+    text = path.with_name("bug.c").read_text()
+    assert text.count("pthread_barrier_wait(&barrier);") == 2
+
+
+@needs_cc
+def test_a_child_that_became_something_else_is_ended(record: Any) -> None:
+    """A child whose end the trace does not hold is killed where its parent waited for it: in C and in a replay."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.try_map(PAGE_SIZE, flags=SHARED) as memory:  # type: ignore[union-attr]
+
+            def child(_: object) -> None:
+                memory.store(STAMP)
+                os.execv("/bin/true", ["true"])
+
+            with ChildProcess(child) as process:
+                process.wait()
+            recorder.expect(memory.load(), STAMP)
+
+    path = record(action)
+    assert run_program(path).returncode == 0
+    outcome = repeat(load(path))
+    assert (outcome.first, outcome.notes) == (None, [])
+
+
+def test_what_c_cannot_express_is_said(record: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A call that the generator does not know, on which the check depends, is an exit code of its own."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.anonymous(PAGE_SIZE) as memory:
+            memory.resize(2 * PAGE_SIZE)
+
+    path = record(action)
+    assert cli.main(["repro", str(path), "--expect", "p0.2=0"]) == ExitCode.CANNOT_EXPRESS
+    assert "cannot express this in C: the call mremap" in capsys.readouterr().err
+
+
+def test_every_guest_program_is_explained() -> None:
+    """The comment beside a program's bytes says what they do."""
+    pytest.importorskip("kvmgmem.arch.x86_64")
+    from kvmgmem.arch.x86_64 import programs
+
+    assert set(c_parts.PROGRAMS) == set(programs())
+
+
+# -- with KVM
+
+
+def bound_twice(recorder: Any) -> None:
+    """A page that is bound already is bound again, after much that has nothing to do with it."""
+    from kvmgmem.kvm import Kvm
+
+    with Kvm.open() as kvm, kvm.create_vm() as other, kvm.create_vm() as vm:
+        other.check_extension(1)
+        with vm.create_guest_memfd(2 * MiB) as gmem, vm.create_guest_memfd(2 * MiB) as unrelated:
+            page = MemoryRegion(slot=1, gpa=GiB, size=PAGE_SIZE, gmem=gmem)
+            vm.set_region(page.but(slot=7))
+            vm.delete_region(7)
+            vm.set_region(page.but(slot=2, gpa=3 * GiB, gmem=unrelated))
+            vm.set_region(page)
+            copy = gmem.duplicate()
+            answer = vm.raw.set_region(page.but(slot=3, gpa=2 * GiB, gmem=copy))
+            recorder.expect(answer, Errno.EEXIST, shows=Errno.EINVAL, bug="B14")
+            copy.close()
+
+
+@needs_kvm
+@needs_cc
+def test_only_what_the_answer_depends_on_stays(record: Any) -> None:
+    """Other VMs, files and slots go, and so does a slot that was made and deleted; a copy of a descriptor is the file."""
+    path = record(bound_twice)
+    trace = load(path)
+    kept = needed_steps(trace, find_check(trace))
+    assert [step.call.removeprefix("KVM_") for step in kept] == [
+        "open", "CREATE_VM", "CREATE_GUEST_MEMFD", "SET_USER_MEMORY_REGION2", "dup", "SET_USER_MEMORY_REGION2",
+    ]  # fmt: skip
+    assert [step.arguments["slot"] for step in kept if "slot" in step.arguments] == [1, 3]
+    answered = kept[-1].answer
+    assert run_program(path).returncode == (0 if answered == "EEXIST" else 1)
+    assert "KVM_CAP" not in path.with_name("bug.c").read_text()
+
+
+@needs_kvm
+@needs_cc
+def test_a_guest_comes_along(record: Any) -> None:
+    """Page tables, the program that runs, registers and mode are in the C program; the guest reads what the host stored."""
+    pytest.importorskip("kvmgmem.arch.x86_64")
+    from kvmgmem.arch.x86_64 import GuestMachine
+    from kvmgmem.kvm import Kvm
+
+    def action(recorder: Any) -> None:
+        with Kvm.open() as kvm, kvm.create_vm() as vm, Mapping.anonymous(2 * MiB) as memory:
+            memory.store(STAMP, PAGE_SIZE)
+            vm.set_region(MemoryRegion(slot=1, gpa=GiB, size=2 * MiB, hva=memory.address))
+            machine = GuestMachine(vm)
+            cpu = machine.cpu()
+            cpu.store(GiB, 1)
+            recorder.expect(cpu.load(GiB + PAGE_SIZE), STAMP)
+            cpu.close()
+            machine.close()
+
+    path = record(action)
+    done = run_program(path)
+    assert (done.returncode, done.stdout) == (0, "OK: rax of the guest: got 0x5eed, wanted 0x5eed\n")
+    text = path.with_name("bug.c").read_text()
+    assert "identity_tables(mem1 + 0x1000, 0xd0001000);" in text
+    assert {name for name in c_parts.PROGRAMS if f" {name}[] = " in text} == {"load8", "store8"}
+
+
+@needs_kvm
+def test_a_trace_of_kvm_is_repeated(record: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same kernel gives the same answers; a recording that says otherwise is found out where it does."""
+    path = record(bound_twice)
+    assert cli.main(["replay", str(path)]) == ExitCode.OK
+    assert "answers are as recorded" in capsys.readouterr().out
+    text = path.read_text()
+    last = load(path).step(find_check(load(path)).step.id)
+    assert last is not None
+    changed = text.replace(f'"answer":"{last.answer}"', '"answer":"EPERM"')
+    assert changed != text
+    path.write_text(changed)
+    assert cli.main(["replay", str(path)]) == ExitCode.TEST_FAILED
+    told = capsys.readouterr().out
+    assert f"first differ at {last.id}: KVM_SET_USER_MEMORY_REGION2(vm1, {{slot=3" in told
+    assert "recorded: EPERM" in told
+
+
+# -- the plugin
+
+
+@needs_kvm
+def test_failing_tests_offer_their_program(pytester: pytest.Pytester) -> None:
+    """Each test has a trace of its own; the record of a failure ends with the command that makes a C program of it."""
+    import json
+
+    pytester.makepyfile(
+        """
+        from kvmgmem.errors import Errno
+        from kvmgmem.testing import contract, vm_types
+
+        @contract("GM-CRE-001")
+        @vm_types("default")
+        def test_fails(vm):
+            '''A rule.'''
+            assert vm.raw.delete_region(5) == Errno.EPERM
+
+        @contract("GM-CRE-001")
+        @vm_types("default")
+        def test_raises(vm):
+            '''A rule.'''
+            vm.delete_region(6)
+        """
+    )
+    results, traces = pytester.path / "results.jsonl", pytester.path / "traces"
+    done = pytester.runpytest_subprocess(f"--results={results}", f"--trace-to={traces}", timeout=90)
+    assert done.ret == ExitCode.TEST_FAILED
+    ends = [json.loads(line) for line in results.read_text().splitlines() if '"verdict":"failed"' in line]
+    wanted = {"fails": (5, "EPERM"), "raises": (6, 0)}
+    for end in ends:
+        command = end["detail"].splitlines()[-1]
+        name = end["test"].partition("::test_")[2].partition("[")[0]
+        path = next(traces.glob(f"*test_{name}*"))
+        assert command.startswith("as a C program: kvmgmem repro ")
+        assert path.name in command
+        check = find_check(load(path))
+        assert (check.step.arguments["slot"], check.wanted) == wanted.pop(name)
+        assert check.step.answer == check.seen == "EINVAL"
+        assert load(path).header["rule"] == "A rule."
+    assert not wanted

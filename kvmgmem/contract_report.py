@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvmgmem import bug_coverage
 from kvmgmem.catalogue import contract as catalogue
 from kvmgmem.catalogue.contract import Row
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
+from kvmgmem.results.features import features_by_column
 from kvmgmem.results.records import Verdict
 from kvmgmem.results.run import Run, read_run
 from kvmgmem.run import selftests_directory
@@ -47,9 +49,12 @@ def run_contract(args: argparse.Namespace) -> int:
     reports = report(asserting_tests(selftests_directory()), runs)
     unasserted = [entry.row.id for entry in reports if not entry.tests]
     if args.markdown:
-        _write(args.markdown, "\n".join(markdown(reports, _kernels(runs))) + "\n")
+        bugs = bug_coverage.markdown(bug_coverage.naming_tests(selftests_directory()))
+        lines = [*markdown(reports, _kernels(runs)), *bugs, *features_markdown(runs)]
+        _write(args.markdown, "\n".join(lines) + "\n")
     elif not args.check:
-        sys.stdout.write("\n".join(text(reports, _kernels(runs))) + "\n")
+        bugs = bug_coverage.text(bug_coverage.naming_tests(selftests_directory()))
+        sys.stdout.write("\n".join([*text(reports, _kernels(runs)), *bugs, *features_text(runs)]) + "\n")
     if unasserted:
         out = sys.stderr if args.check else sys.stdout
         out.write(f"asserted by no test ({len(unasserted)}): {' '.join(unasserted)}\n")
@@ -126,6 +131,31 @@ def text(reports: Sequence[RowReport], kernels: Sequence[str]) -> Iterator[str]:
         if not entry.tests:
             yield "    asserted by no test"
         yield from (f"    {kernel}: {entry.cell(kernel)}" for kernel in kernels)
+
+
+def features_text(runs: Sequence[Run]) -> Iterator[str]:
+    """The features to come, by what the kernels of the runs answered; nothing if none was asked."""
+    kernels = [_kernel(run) for run in runs]
+    for name, states in features_by_column(runs).items():
+        yield f"feature to come: {name}"
+        yield from (f"    {kernel}: {state}" for kernel, state in dict(zip(kernels, states, strict=True)).items())
+
+
+def features_markdown(runs: Sequence[Run]) -> Iterator[str]:
+    """The same as a section of docs/contract.md."""
+    found = features_by_column(runs)
+    if not found:
+        return
+    from kvmgmem.roadmap import FEATURES
+
+    titles = {feature.name: feature.title for feature in FEATURES}
+    yield from ("", "## Features to come", "")
+    yield "What is proposed and not merged, by what each kernel answers (`kvmgmem caps` says why)."
+    yield ""
+    yield "| " + " | ".join(["Feature", "What it is", *(_kernel(run) for run in runs)]) + " |"
+    yield "|" + "---|" * (2 + len(runs))
+    for name, states in found.items():
+        yield "| " + " | ".join([name, titles.get(name, ""), *states]) + " |"
 
 
 def markdown(reports: Sequence[RowReport], kernels: Sequence[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 CONSTANT = re.compile(r"^#define ([A-Z][A-Z0-9_]+) ", re.MULTILINE)
 STRUCTURE = re.compile(r"^struct \w+ \{.*?^\};", re.MULTILINE | re.DOTALL)
 PROTOTYPE = re.compile(r"^(?:long|void|int|uint64_t|size_t) kvmgmem_\w+\([^;]*\);", re.MULTILINE | re.DOTALL)
-SOURCES = ("entry.c", "guard.c", "vcpu_run.c", "guest_x86_64.c")
+SOURCES = ("entry.c", "guard.c", "vcpu_run.c", "fail_nth.c", "guest_x86_64.c")
 
 
 def declarations() -> str:

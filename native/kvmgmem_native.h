@@ -26,6 +26,19 @@ struct kvmgmem_runner {
 	int32_t expired;
 };
 
+/*
+ * Which allocation of the next call fails: the nth, and if filter_fd is not -1 those after it as well, as far as the fault
+ * attributes in debugfs go. After the call `left` is 0 if there was an nth. An error is why nothing, or nothing that counts,
+ * was called.
+ */
+struct kvmgmem_fail_nth {
+	int32_t counter_fd; /* the calling thread's fail-nth */
+	int32_t filter_fd; /* its make-it-fail */
+	uint32_t nth;
+	uint32_t left;
+	int32_t error;
+};
+
 struct kvmgmem_guest_program {
 	const char *name;
 	const uint8_t *code;
@@ -52,6 +65,13 @@ long kvmgmem_guarded_syscall(long number, unsigned long a, unsigned long b, unsi
 /* vcpu_run.c: KVM_RUN with a way out */
 long kvmgmem_vcpu_run(int vcpu_fd, struct kvm_run *run, struct kvmgmem_runner *runner, int64_t deadline_ns);
 void kvmgmem_vcpu_kick(struct kvm_run *run, struct kvmgmem_runner *runner);
+
+/* fail_nth.c: one call while memory is short */
+long kvmgmem_fail_nth_syscall(struct kvmgmem_fail_nth *fail, long number, unsigned long a, unsigned long b,
+			      unsigned long c, unsigned long d, unsigned long e, unsigned long f);
+uint64_t kvmgmem_fail_nth_load(struct kvmgmem_fail_nth *fail, uint64_t address, int width, struct kvmgmem_fault *fault);
+void kvmgmem_fail_nth_store(struct kvmgmem_fail_nth *fail, uint64_t address, int width, uint64_t value,
+			    struct kvmgmem_fault *fault);
 
 /* guest_<arch>.c: programs that guests run */
 int kvmgmem_guest_program_count(void);

@@ -9,9 +9,12 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
+from kvmgmem import bug_coverage
 from kvmgmem.catalogue import contract, known_bugs
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
+from kvmgmem.run import selftests_directory
+from kvmgmem.splats import find_splats
 
 ROWS_PER_AREA = {
     "GM-VM": 15,
@@ -29,7 +32,7 @@ ROWS_PER_AREA = {
     "GM-PF": 20,
     "GM-DIRTY": 7,
     "GM-ENC": 23,
-    "GM-RES": 13,
+    "GM-RES": 18,
     "GM-HWP": 10,
     "GM-RACE": 20,
     "GM-OWN": 34,  # C1 to C33, and C4p
@@ -154,9 +157,9 @@ def test_no_id_stands_twice() -> None:
 
 
 def test_known_bugs_are_complete_and_name_rows_that_exist() -> None:
-    """B1 to B26, each with its rows in the contract, a title, one sentence of symptom, and a short name of its own."""
+    """B1 to B28, each with its rows in the contract, a title, one sentence of symptom, and a short name of its own."""
     bugs = known_bugs.load()
-    assert list(bugs) == [f"B{number}" for number in range(1, 27)]
+    assert list(bugs) == [f"B{number}" for number in range(1, 29)]
     for bug in bugs.values():
         assert bug.rows
         assert all(contract.row(row_id) for row_id in bug.rows)
@@ -167,6 +170,26 @@ def test_known_bugs_are_complete_and_name_rows_that_exist() -> None:
         assert all(re.fullmatch(r"[0-9a-f]{12}", commit) for commit in bug.commits)
         assert re.fullmatch(r"(CVE-\d{4}-\d+)?", bug.cve)
     assert len({bug.slug for bug in bugs.values()}) == len(bugs)
+
+
+def test_each_known_bug_has_a_regression_test_or_a_sentence_why_not() -> None:
+    """A bug that selftests name needs no excuse; any other says in one sentence why no test can show it."""
+    for bug_id, tests in bug_coverage.naming_tests(selftests_directory()).items():
+        reason = known_bugs.get(bug_id).not_tested_because
+        assert bool(tests) != bool(reason), f"{bug_id}: {tests}, {reason!r}"
+        assert not reason or reason.endswith(".")
+
+
+def test_reports_of_known_bugs_are_complaints() -> None:
+    """The line by which a bug is recognised in the kernel's log is one that would be a splat otherwise."""
+    bug = known_bugs.get("B27")
+    title = "WARNING: arch/x86/kvm/../../../virt/kvm/kvm_main.c:4418 at kvm_vcpu_ioctl+0x8ea/0x9a0, CPU#1: init/50"
+    assert bug.is_reported_by(title)
+    before_7_0 = "WARNING: CPU: 1 PID: 50 at arch/x86/kvm/../../../virt/kvm/kvm_main.c:4305 kvm_vcpu_ioctl+0x5f1/0x6a0 [kvm]"
+    assert bug.is_reported_by(before_7_0)
+    assert not bug.is_reported_by(title.replace("kvm_main.c", "guest_memfd.c"))
+    assert find_splats([title])
+    assert not known_bugs.get("B1").is_reported_by("")
 
 
 @pytest.mark.parametrize("bug_id", ["B1", "B2", "B3", "B6", "B7", "B8"])

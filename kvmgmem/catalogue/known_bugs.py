@@ -4,6 +4,7 @@ The bugs live in known_bugs.json, one to a line. Releases in it explain a result
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,10 @@ class KnownBug:
     symptom: str
     """One sentence: how a test recognises the bug by what the kernel does."""
     cve: str = ""
+    report: str = ""
+    """What the kernel's complaint begins with, as a regular expression, if it shows by one whose cause is certain."""
+    not_tested_because: str = ""
+    """One sentence: why no test here can show it. "" if one can, and the test names the bug."""
 
     @property
     def fix(self) -> str:
@@ -42,6 +47,10 @@ class KnownBug:
         if self.fixed_in:
             return f"fixed in {self.fixed_in}"
         return "no fix known"
+
+    def is_reported_by(self, title: str) -> bool:
+        """Whether a complaint of the kernel that begins with this line is this bug's."""
+        return bool(self.report) and re.match(self.report, title) is not None
 
 
 def _bug(fields: dict[str, Any]) -> KnownBug:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from kvmgmem.cli import main
 from kvmgmem.errors import HarnessError
+from kvmgmem.exit_codes import ExitCode
+from kvmgmem.lab import machine, vm_cli
 from kvmgmem.lab.guest_init import CONTROL_PORT, RESULTS_PORT
 from kvmgmem.lab.machine import (
     CHANNELS,
@@ -70,8 +73,17 @@ def test_memory_and_processors_are_all_on_nodes(nodes: int, cpus: int, memory: i
     words = command_line(machine, DESCRIPTORS)
     backends = [word for word in words if word.startswith("memory-backend-ram")]
     assert sum(int(word.partition("size=")[2].removesuffix("M")) for word in backends) == memory
-    placed = [part for word in words if word.startswith("node,") for part in word.split(",") if part.startswith("cpus=")]
-    assert sorted(placed) == ([f"cpus={cpu}" for cpu in range(cpus)] if nodes > 1 else [])
+    topology = dict(part.split("=") for part in value_after(words, "-smp").split(",")[1:])
+    possible = int(topology.get("maxcpus", cpus))
+    assert value_after(words, "-smp").split(",")[0] == str(cpus)
+    assert cpus <= possible < cpus + nodes
+    placed = [word.partition("cpus=")[2].split("-") for word in words if word.startswith("node,")]
+    ranges = [range(int(first), int(last) + 1) for first, last in placed]
+    assert [cpu for node in ranges for cpu in node] == (list(range(possible)) if nodes > 1 else [])
+    # A node's CPUs are just one socket's: a cache that two nodes share is what the kernel warns of.
+    if nodes > 1:
+        assert {len(node) for node in ranges} == {int(topology["cores"])}
+        assert (int(topology["sockets"]), int(topology["cores"]) * nodes) == (nodes, possible)
 
 
 def test_a_debugger_is_waited_for() -> None:
@@ -185,3 +197,15 @@ def test_an_image_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     """A missing file gives the same kind of line."""
     with pytest.raises(HarnessError, match="No such file"):
         require_kernel_image(tmp_path / "missing")
+
+
+def test_insisting_on_kvm_in_vain_is_one_line_and_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`kvmgmem vm --accel kvm` says why not before it builds a kernel for it."""
+    monkeypatch.setattr(machine, "nested_kvm_obstacle", lambda _root: "the moon is full")
+    monkeypatch.setattr(vm_cli, "require_qemu", lambda: "qemu")
+    monkeypatch.setattr(vm_cli, "build", lambda **_: pytest.fail("a kernel was built"))
+    assert main(["vm", "--accel=kvm", "--source=/a/tree"]) == ExitCode.HARNESS
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["kvmgmem: error: KVM cannot accelerate the guest: the moon is full", "  hint: use --accel tcg"]

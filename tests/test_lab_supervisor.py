@@ -68,7 +68,7 @@ CIRCUMSTANCES = {
     "python": "3",
     "pytest": "9",
 }
-HELLO = control("hello", protocol=1)
+GREETING = (control("hello", protocol=2), control("ready"))
 RUN_START = record("run-start", schema=1, run="0" * 32, circumstances=CIRCUMSTANCES)
 RUN_END = record("run-end", exit=0, counts={})
 GOODBYE = control("goodbye", exit=0, signal=None, output="")
@@ -100,6 +100,7 @@ class ScriptedQemu(Qemu):
         self.started = time.monotonic()
         self.complaints: list[str] = []
         self.sent: list[tuple[str, dict[str, Any]]] = []
+        self.saves = True
         self.process: Any = SimpleNamespace(poll=lambda: exit_status)
 
     def close(self) -> None:
@@ -124,6 +125,17 @@ class ScriptedQemu(Qemu):
         """Remember what the guest or the monitor was told."""
         self.sent.append((channel, message))
 
+    @property
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs among what the guest was told."""
+        return [message for channel, message in self.sent if channel == CONTROL and "pytest_args" in message]
+
+    def save_state(self, path: Path, limit: float = 60.0) -> bool:
+        """Write a state that says which script it came from, unless told to fail."""
+        if self.saves:
+            path.write_text("state")
+        return self.saves
+
     def cpu_seconds(self) -> float:
         """No CPU time at all."""
         return 0.0
@@ -140,9 +152,14 @@ class Scripted:
         self.results = results
         self.guests = [ScriptedQemu(script) for script in boots]
         self.notes: list[str] = []
+        self.machines: list[Machine] = []
         self._waiting = list(self.guests)
         request.setdefault("limits", Limits(boot=0.2, silence=0.2, test=0.2, shutdown=0.2, oops=0.1, nmi=0.1))
-        self.supervisor = Supervisor(Request(MACHINE, results, **request), self, lambda _: self._waiting.pop(0))
+        self.supervisor = Supervisor(Request(request.pop("machine", MACHINE), results, **request), self, self._start)
+
+    def _start(self, machine: Machine) -> Qemu:
+        self.machines.append(machine)
+        return self._waiting.pop(0)
 
     def update(self, detail: str, fraction: float | None = None) -> None:
         """Progress nobody looks at."""
@@ -178,28 +195,29 @@ def results(tmp_path: Path) -> Path:
 
 def test_a_run_without_trouble_is_a_success(results: Path) -> None:
     """Hello, job, records, end of the run, goodbye: exit code 0, and the job was sent once."""
-    scripted = Scripted(results, [[HELLO], [RUN_START, plan("a", "b"), *passing("a"), *passing("b"), RUN_END, GOODBYE]])
+    scripted = Scripted(results, [[*GREETING], [RUN_START, plan("a", "b"), *passing("a"), *passing("b"), RUN_END, GOODBYE]])
     run = scripted.run()
     assert exit_code(run) == ExitCode.OK
     assert run.complete
     assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PASSED}
-    jobs = [message for channel, message in scripted.guests[0].sent if channel == CONTROL]
-    assert [job["done"] for job in jobs] == [[]]
-    assert jobs[0]["accelerator"] == "tcg"
+    preparation = scripted.guests[0].sent[0][1]
+    assert preparation["accelerator"] == "tcg"
+    assert preparation["environment"] == {"KVMGMEM_TIME_SCALE": "1"}
+    assert [job["done"] for job in scripted.guests[0].jobs] == [[]]
 
 
 def test_a_panic_is_charged_to_the_open_test_and_the_rest_is_run(results: Path) -> None:
     """The panicking test is not run again; the tests after it are, and the first boot's results are kept."""
     scripted = Scripted(
         results,
-        [[HELLO, RUN_START, plan("a", "b", "c"), *passing("a"), record("test-start", test="b")], PANIC],
-        [[HELLO, RUN_START, plan("c"), *passing("c"), RUN_END, GOODBYE]],
+        [[*GREETING, RUN_START, plan("a", "b", "c"), *passing("a"), record("test-start", test="b")], PANIC],
+        [[*GREETING, RUN_START, plan("c"), *passing("c"), RUN_END, GOODBYE]],
     )
     run = scripted.run()
     assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PANICKED, "c": Verdict.PASSED}
     assert exit_code(run) == ExitCode.KERNEL
     assert "sysrq triggered crash" in reason(run, "b")
-    assert scripted.guests[1].sent[0][1]["done"] == ["a", "b"]
+    assert scripted.guests[1].jobs[0]["done"] == ["a", "b"]
     (panicked,) = [outcome.end for outcome in run.tests if outcome.end.test == "b"]
     assert panicked.kernel_log[0].endswith("Kernel panic - not syncing: sysrq triggered crash")
     assert panicked.repeat == "kvmgmem vm -- b"
@@ -209,8 +227,8 @@ def test_a_panic_with_no_test_open_counts_as_well(results: Path) -> None:
     """It is nobody's fault in particular, and still no success."""
     scripted = Scripted(
         results,
-        [[HELLO, RUN_START, plan("a", "b"), *passing("a")], PANIC],
-        [[HELLO, RUN_START, plan("b"), *passing("b"), RUN_END, GOODBYE]],
+        [[*GREETING, RUN_START, plan("a", "b"), *passing("a")], PANIC],
+        [[*GREETING, RUN_START, plan("b"), *passing("b"), RUN_END, GOODBYE]],
     )
     run = scripted.run()
     assert exit_code(run) == ExitCode.KERNEL
@@ -227,7 +245,7 @@ WARNING = console(
 
 def test_a_warning_makes_a_passed_test_a_splat(results: Path) -> None:
     """The runner in the guest saw nothing; the console did, and its lines are in the record."""
-    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), *WARNING]
+    script = [*GREETING, RUN_START, plan("a", "b"), record("test-start", test="a"), *WARNING]
     run = Scripted(
         results, [[*script, record("test-end", test="a", verdict="passed"), *passing("b"), RUN_END, GOODBYE]]
     ).run()
@@ -240,7 +258,7 @@ def test_a_warning_makes_a_passed_test_a_splat(results: Path) -> None:
 
 def test_a_warning_between_tests_is_not_lost(results: Path) -> None:
     """No test was open: it is charged to the time between tests, with the test before it named."""
-    script = [HELLO, RUN_START, plan("a", "b"), *passing("a"), *WARNING, *passing("b"), RUN_END, GOODBYE]
+    script = [*GREETING, RUN_START, plan("a", "b"), *passing("a"), *WARNING, *passing("b"), RUN_END, GOODBYE]
     run = Scripted(results, [script]).run()
     assert verdicts(run)["kernel::between-tests#1"] is Verdict.SPLAT
     assert "(after a)" in reason(run, "kernel::between-tests#1")
@@ -255,21 +273,32 @@ def test_a_warning_that_the_runner_reported_is_not_counted_twice(results: Path) 
         reason="kernel warning",
         kernel_log=["WARNING: virt/kvm/x.c:1 at bind+0x1/0x2, CPU#0: x/1"],
     )
-    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), end, *WARNING, *passing("b")]
+    script = [*GREETING, RUN_START, plan("a", "b"), record("test-start", test="a"), end, *WARNING, *passing("b")]
     assert verdicts(Scripted(results, [[*script, RUN_END, GOODBYE]]).run()) == {"a": Verdict.SPLAT, "b": Verdict.PASSED}
+
+
+@pytest.mark.parametrize(
+    ("seen", "verdict"),
+    [("WARNING: virt/kvm/x.c:1 at bind+0x1/0x2, CPU#0: x/1", Verdict.KNOWN_BUG), ("WARNING: other", Verdict.SPLAT)],
+)
+def test_a_warning_that_the_runner_took_for_a_known_bug_stays_one(results: Path, seen: str, verdict: Verdict) -> None:
+    """What a test's own record holds its runner has judged: it saw the same lines, and knows the test's known bugs."""
+    end = record("test-end", test="a", verdict="known-bug", bugs_shown=["B27"], kernel_log=[seen])
+    script = [*GREETING, RUN_START, plan("a"), record("test-start", test="a"), *WARNING, end, RUN_END, GOODBYE]
+    assert verdicts(Scripted(results, [script]).run()) == {"a": verdict}
 
 
 def test_a_warning_that_reaches_the_console_late_is_not_the_next_tests(results: Path) -> None:
     """Linux 7.3 prints from a thread: what test a's record holds may come when test b runs already."""
     told = record("test-end", test="a", verdict="splat", kernel_log=["WARNING: virt/kvm/x.c:1 at bind+0x1/0x2, CPU#0: x/1"])
     late = [record("test-start", test="b"), *WARNING, record("test-end", test="b", verdict="passed")]
-    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), told, *late, RUN_END, GOODBYE]
+    script = [*GREETING, RUN_START, plan("a", "b"), record("test-start", test="a"), told, *late, RUN_END, GOODBYE]
     assert verdicts(Scripted(results, [script]).run()) == {"a": Verdict.SPLAT, "b": Verdict.PASSED}
 
 
 def test_a_warning_while_booting_is_a_note(results: Path) -> None:
     """It belongs to no test, and says nothing about what is tested; it is told all the same."""
-    run = Scripted(results, [[HELLO, *WARNING, RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE]]).run()
+    run = Scripted(results, [[*GREETING, *WARNING, RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE]]).run()
     assert exit_code(run) == ExitCode.OK
     assert any("while booting: kernel warning: WARNING: virt/kvm/x.c:1" in note for note in run.notes)
 
@@ -286,8 +315,8 @@ def test_no_test_runs_on_a_kernel_that_oopsed(results: Path) -> None:
     oopsing = [record("test-start", test="a"), *OOPS, record("test-end", test="a", verdict="passed")]
     scripted = Scripted(
         results,
-        [[HELLO, RUN_START, plan("a", "b"), *oopsing, record("test-start", test="b")], None],
-        [[HELLO, RUN_START, plan("b"), *passing("b"), RUN_END, GOODBYE]],
+        [[*GREETING, RUN_START, plan("a", "b"), *oopsing, record("test-start", test="b")], None],
+        [[*GREETING, RUN_START, plan("b"), *passing("b"), RUN_END, GOODBYE]],
     )
     run = scripted.run()
     assert verdicts(run) == {"a": Verdict.SPLAT, "b": Verdict.PASSED}
@@ -298,7 +327,7 @@ def test_a_test_that_never_ends_after_an_oops_is_charged(results: Path) -> None:
     """Its process died in the kernel, or waits for a lock for ever."""
     scripted = Scripted(
         results,
-        [[HELLO, RUN_START, plan("a"), record("test-start", test="a"), *OOPS], None],
+        [[*GREETING, RUN_START, plan("a"), record("test-start", test="a"), *OOPS], None],
     )
     run = scripted.run()
     assert verdicts(run) == {"a": Verdict.PANICKED}
@@ -307,7 +336,7 @@ def test_a_test_that_never_ends_after_an_oops_is_charged(results: Path) -> None:
 
 def test_silence_is_a_hang_and_an_nmi_asks_where(results: Path) -> None:
     """No record and no heartbeat; the monitor is told to inject an NMI before the guest is given up."""
-    scripted = Scripted(results, [[HELLO, RUN_START, plan("a"), record("test-start", test="a")], None])
+    scripted = Scripted(results, [[*GREETING, RUN_START, plan("a"), record("test-start", test="a")], None])
     run = scripted.run()
     assert verdicts(run) == {"a": Verdict.PANICKED}
     assert "no sign of life" in reason(run, "a")
@@ -315,21 +344,33 @@ def test_silence_is_a_hang_and_an_nmi_asks_where(results: Path) -> None:
     assert (QMP, {"execute": "inject-nmi"}) in scripted.guests[0].sent
 
 
+class Beating(ScriptedQemu):
+    """A guest whose init shows life where the script has silence."""
+
+    def wait(self, timeout: float) -> list[Line]:
+        """Hand out the next step, or a heartbeat."""
+        if self._script and self._script[0] is None:
+            time.sleep(0.02)
+            return [control("heartbeat")]
+        return super().wait(timeout)
+
+
 def test_a_runner_that_is_stuck_in_a_live_guest_is_a_timeout(results: Path) -> None:
     """Heartbeats show that it is not the kernel."""
-
-    class Beating(ScriptedQemu):
-        def wait(self, timeout: float) -> list[Line]:
-            if self._script and self._script[0] is None:
-                time.sleep(0.02)
-                return [control("heartbeat")]
-            return super().wait(timeout)
-
-    scripted = Scripted(results, [[HELLO, RUN_START, plan("a"), record("test-start", test="a")], None])
-    scripted._waiting[:] = [Beating([[HELLO, RUN_START, plan("a"), record("test-start", test="a")], None])]
+    scripted = Scripted(results, [])
+    scripted._waiting[:] = [Beating([[*GREETING, RUN_START, plan("a"), record("test-start", test="a")], None])]
     run = scripted.run()
     assert verdicts(run) == {"a": Verdict.TIMEOUT}
     assert "the guest is alive" in reason(run, "a")
+
+
+def test_a_runner_that_is_stuck_between_tests_costs_a_boot(results: Path) -> None:
+    """A process that cannot be killed may hold the runner where no test is open, while init goes on beating."""
+    scripted = Scripted(results, [], [[*GREETING, RUN_START, plan("b"), *passing("b"), RUN_END, GOODBYE]])
+    scripted._waiting[0] = Beating([[*GREETING, RUN_START, plan("a", "b"), *passing("a")], None])
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PASSED}
+    assert any("did nothing between two tests" in note for note in run.notes)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +395,7 @@ def test_a_runner_that_is_stuck_in_a_live_guest_is_a_timeout(results: Path) -> N
 )
 def test_every_other_end_has_its_own_words(results: Path, last: list[Line], verdict: Verdict, words: str) -> None:
     """Power-off, reboot, reset, the runner's death and QEMU's own are told apart."""
-    run = Scripted(results, [[HELLO, RUN_START, plan("a"), record("test-start", test="a"), *last]]).run()
+    run = Scripted(results, [[*GREETING, RUN_START, plan("a"), record("test-start", test="a"), *last]]).run()
     assert verdicts(run) == {"a": verdict}
     assert words in reason(run, "a")
 
@@ -362,7 +403,7 @@ def test_every_other_end_has_its_own_words(results: Path, last: list[Line], verd
 def test_garbage_is_charged_and_the_stream_is_found_again(results: Path) -> None:
     """A record right behind garbage on the same line still counts."""
     glued = Line(RESULTS, b"\xff\x00nonsense" + record("test-end", test="a", verdict="passed").data)
-    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), glued, *passing("b"), RUN_END, GOODBYE]
+    script = [*GREETING, RUN_START, plan("a", "b"), record("test-start", test="a"), glued, *passing("b"), RUN_END, GOODBYE]
     run = Scripted(results, [script]).run()
     assert verdicts(run) == {"a": Verdict.ERROR, "b": Verdict.PASSED}
     assert "garbage on the result channel" in reason(run, "a")
@@ -371,7 +412,7 @@ def test_garbage_is_charged_and_the_stream_is_found_again(results: Path) -> None
 def test_a_cut_record_is_charged_to_its_test(results: Path) -> None:
     """The next record begins in the middle of it."""
     cut = Line(RESULTS, b'{"record": "test-end", "te' + record("test-start", test="b").data)
-    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), cut]
+    script = [*GREETING, RUN_START, plan("a", "b"), record("test-start", test="a"), cut]
     run = Scripted(results, [[*script, record("test-end", test="b", verdict="passed"), RUN_END, GOODBYE]]).run()
     assert verdicts(run) == {"a": Verdict.ERROR, "b": Verdict.PASSED}
     assert "cut in the middle" in reason(run, "a")
@@ -379,7 +420,7 @@ def test_a_cut_record_is_charged_to_its_test(results: Path) -> None:
 
 def test_a_test_whose_end_never_arrives_is_an_error(results: Path) -> None:
     """Also when nothing else is wrong."""
-    script = [HELLO, RUN_START, plan("a", "b"), record("test-start", test="a"), *passing("b"), RUN_END, GOODBYE]
+    script = [*GREETING, RUN_START, plan("a", "b"), record("test-start", test="a"), *passing("b"), RUN_END, GOODBYE]
     run = Scripted(results, [script]).run()
     assert verdicts(run) == {"a": Verdict.ERROR, "b": Verdict.PASSED}
 
@@ -387,7 +428,7 @@ def test_a_test_whose_end_never_arrives_is_an_error(results: Path) -> None:
 def test_boots_are_bounded_and_the_rest_is_not_run(results: Path) -> None:
     """What never got its turn is reported as not run, never as passed, and the run is no success."""
     tests = [f"t{number}" for number in range(9)]
-    boots = [[[HELLO, RUN_START, plan(*tests), record("test-start", test=test)], PANIC] for test in tests]
+    boots = [[[*GREETING, RUN_START, plan(*tests), record("test-start", test=test)], PANIC] for test in tests]
     scripted = Scripted(results, *boots, boots=3)
     run = scripted.run()
     counted = list(verdicts(run).values())
@@ -398,9 +439,9 @@ def test_boots_are_bounded_and_the_rest_is_not_run(results: Path) -> None:
 
 def test_a_guest_that_keeps_dying_before_a_test_is_given_up(results: Path) -> None:
     """A loop of fruitless boots ends early."""
-    dying = [[HELLO, *PANIC]]
+    dying = [[*GREETING, *PANIC]]
     scripted = Scripted(
-        results, [[HELLO, RUN_START, plan("a", "b"), record("test-start", test="a")], PANIC], dying, dying, dying
+        results, [[*GREETING, RUN_START, plan("a", "b"), record("test-start", test="a")], PANIC], dying, dying, dying
     )
     run = scripted.run()
     assert verdicts(run) == {"a": Verdict.PANICKED, "b": Verdict.NOT_RUN}
@@ -409,7 +450,7 @@ def test_a_guest_that_keeps_dying_before_a_test_is_given_up(results: Path) -> No
 
 def test_a_guest_that_ends_its_run_without_a_goodbye_has_not_finished(results: Path) -> None:
     """A positive end is required; here QEMU vanished right after the last record."""
-    run = Scripted(results, [[HELLO, RUN_START, plan("a"), *passing("a"), RUN_END]]).run()
+    run = Scripted(results, [[*GREETING, RUN_START, plan("a"), *passing("a"), RUN_END]]).run()
     assert any("QEMU ended" in note for note in run.notes)
 
 
@@ -417,7 +458,7 @@ def test_what_the_runner_says_of_itself_is_not_lost(results: Path) -> None:
     """Tests passed, and pytest had an internal error: no success."""
     scripted = Scripted(
         results,
-        [[HELLO, RUN_START, plan("a"), *passing("a"), record("run-end", exit=4, counts={}, left_out=["x"]), GOODBYE]],
+        [[*GREETING, RUN_START, plan("a"), *passing("a"), record("run-end", exit=4, counts={}, left_out=["x"]), GOODBYE]],
     )
     run = scripted.run()
     assert exit_code(run) == ExitCode.HARNESS
@@ -428,9 +469,9 @@ def test_guests_share_the_tests_and_each_is_booted_again_on_its_own(results: Pat
     """Two guests have every second test each; the one that panics goes on with its own share, and there is one end."""
     scripted = Scripted(
         results,
-        [[HELLO, RUN_START, plan("a", "c"), *passing("a"), *passing("c"), RUN_END, GOODBYE]],
-        [[HELLO, RUN_START, plan("b", "d"), record("test-start", test="b")], PANIC],
-        [[HELLO, RUN_START, plan("d"), *passing("d"), RUN_END, GOODBYE]],
+        [[*GREETING, RUN_START, plan("a", "c"), *passing("a"), *passing("c"), RUN_END, GOODBYE]],
+        [[*GREETING, RUN_START, plan("b", "d"), record("test-start", test="b")], PANIC],
+        [[*GREETING, RUN_START, plan("d"), *passing("d"), RUN_END, GOODBYE]],
         guests=2,
     )
     run = scripted.run()
@@ -442,7 +483,7 @@ def test_guests_share_the_tests_and_each_is_booted_again_on_its_own(results: Pat
     }
     assert exit_code(run) == ExitCode.KERNEL
     assert sorted(run.plan) == ["a", "b", "c", "d"]
-    jobs = [message for guest in scripted.guests for _, message in guest.sent]
+    jobs = [job for guest in scripted.guests for job in guest.jobs]
     assert sorted(job["share"] for job in jobs[:2]) == [[0, 2], [1, 2]]
     assert jobs[2]["done"] == ["b"]
     assert len(run.run_ends) == 1
@@ -453,17 +494,91 @@ def test_a_guest_without_a_share_is_no_error(results: Path) -> None:
     nothing = control("goodbye", exit=5, signal=None, output="no tests ran")
     scripted = Scripted(
         results,
-        [[HELLO, RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE]],
-        [[HELLO, nothing]],
+        [[*GREETING, RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE]],
+        [[*GREETING, nothing]],
         guests=2,
     )
     assert verdicts(scripted.run()) == {"a": Verdict.PASSED}
 
 
+@pytest.fixture
+def kernel_file(tmp_path: Path) -> Machine:
+    """A machine whose kernel exists, as one that is to be kept must."""
+    (tmp_path / "bzImage").write_bytes(b"kernel")
+    return Machine(kernel=tmp_path / "bzImage", initrd=Path("/k/root.cpio"), accelerator="tcg", qemu="sh")
+
+
+WHOLE_RUN = (RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE)
+GOES_ON = Line(QMP, b'{"event": "RESUME"}')
+
+
+def scripted_with_snapshots(path: Path, machine: Machine, *boots: Sequence[list[Line] | None]) -> Scripted:
+    """A run that may keep guests below `path`, with its records in a file of its own."""
+    results = path / f"results-{len(list(path.iterdir()))}.jsonl"
+    return Scripted(results, *boots, machine=machine, snapshots=path / "snapshots")
+
+
+def test_a_booted_guest_is_kept_and_gone_on_from(kernel_file: Machine, tmp_path: Path) -> None:
+    """The first run boots; the second gets the state, is given its job without a hello, and says that it was resumed."""
+    first = scripted_with_snapshots(tmp_path, kernel_file, [[*console("said while booting"), *GREETING, *WHOLE_RUN]])
+    assert verdicts(first.run()) == {"a": Verdict.PASSED}
+    assert first.machines[0].incoming is None
+    (state,) = (tmp_path / "snapshots").glob("*/state")
+    second = scripted_with_snapshots(tmp_path, kernel_file, [[GOES_ON, *WHOLE_RUN]])
+    run = second.run()
+    assert verdicts(run) == {"a": Verdict.PASSED}
+    assert second.machines[0].incoming == state
+    assert len(second.guests[0].jobs) == 1
+    assert run.circumstances is not None
+    assert run.circumstances.extra["resumed"] is True
+    assert (state.parent / "console").read_text() == "said while booting"
+
+
+def test_another_kernel_is_another_state(kernel_file: Machine, tmp_path: Path) -> None:
+    """One byte of the kernel makes the kept guest nobody's."""
+    scripted_with_snapshots(tmp_path, kernel_file, [[*GREETING, *WHOLE_RUN]]).run()
+    kernel_file.kernel.write_bytes(b"kernem")
+    second = scripted_with_snapshots(tmp_path, kernel_file, [[*GREETING, *WHOLE_RUN]])
+    second.run()
+    assert second.machines[0].incoming is None
+    assert len(list((tmp_path / "snapshots").iterdir())) == 2
+
+
+def test_a_state_that_cannot_be_resumed_costs_a_boot(kernel_file: Machine, tmp_path: Path) -> None:
+    """QEMU rejects it: it is removed, said so, and the guest is booted; the tests are none the wiser."""
+    scripted_with_snapshots(tmp_path, kernel_file, [[*GREETING, *WHOLE_RUN]]).run()
+    second = scripted_with_snapshots(tmp_path, kernel_file, [[]], [[*GREETING, *WHOLE_RUN]])
+    assert verdicts(second.run()) == {"a": Verdict.PASSED}
+    assert [machine.incoming is None for machine in second.machines] == [False, True]
+    assert any("could not be resumed" in note for note in second.notes)
+
+
+def test_a_kernel_that_complained_while_booting_is_not_kept(kernel_file: Machine, tmp_path: Path) -> None:
+    """Whoever boots it next is to hear the complaint from the kernel itself."""
+    scripted_with_snapshots(tmp_path, kernel_file, [[*WARNING, *GREETING, *WHOLE_RUN]]).run()
+    assert not list((tmp_path / "snapshots").glob("*"))
+
+
+def test_a_state_that_is_not_written_whole_is_not_kept(kernel_file: Machine, tmp_path: Path) -> None:
+    """The run goes on; nothing is left behind."""
+    scripted = scripted_with_snapshots(tmp_path, kernel_file, [[*GREETING, *WHOLE_RUN]])
+    scripted.guests[0].saves = False
+    assert verdicts(scripted.run()) == {"a": Verdict.PASSED}
+    assert not list((tmp_path / "snapshots").iterdir())
+
+
+def test_the_least_used_states_go(kernel_file: Machine, tmp_path: Path) -> None:
+    """Six are kept."""
+    for number in range(8):
+        kernel_file.kernel.write_bytes(bytes([number]))
+        scripted_with_snapshots(tmp_path, kernel_file, [[*GREETING, *WHOLE_RUN]]).run()
+    assert len(list((tmp_path / "snapshots").iterdir())) == 6
+
+
 def test_the_console_is_kept(results: Path, tmp_path: Path) -> None:
     """All of it, boot by boot."""
     kept = tmp_path / "console"
-    script = [[HELLO, *console("hello from the kernel"), RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE]]
+    script = [[*GREETING, *console("hello from the kernel"), RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE]]
     Scripted(results, script, console=kept).run()
     assert "--- boot 1 ---\nhello from the kernel\n" in kept.read_text()
 
@@ -478,7 +593,7 @@ def test_interrupting_keeps_what_was_written(results: Path) -> None:
             return super().wait(timeout)
 
     scripted = Scripted(results, [[]])
-    scripted._waiting[:] = [Interrupted([[HELLO, RUN_START, plan("a", "b"), *passing("a")], None])]
+    scripted._waiting[:] = [Interrupted([[*GREETING, RUN_START, plan("a", "b"), *passing("a")], None])]
     with pytest.raises(KeyboardInterrupt):
         scripted.supervisor.run()
     run = read_run([results])
@@ -685,6 +800,21 @@ def test_a_hang_and_a_panic_come_with_a_stack(evil_run: Run) -> None:
     logs = {outcome.end.test: "\n".join(outcome.end.kernel_log) for outcome in evil_run.tests}
     assert "sysrq_handle_crash" in logs["panics"]
     assert "Call Trace" in logs["spins"] or "RIP:" in logs["spins"]
+
+
+def test_a_real_guest_goes_on_from_its_kept_state(guest: Machine, tmp_path: Path) -> None:
+    """Booted once, resumed once: the same verdict, and the clock of today."""
+    runs = []
+    for name in ("booted", "resumed"):
+        limits = Limits(boot=120, silence=30, test=60)
+        request = Request(guest, tmp_path / name, ("passes_first",), limits=limits, snapshots=tmp_path / "snapshots")
+        before = time.time()
+        tamperer = Tamperer()
+        assert Supervisor(request, tamperer, tamperer.start).run() is ExitCode.OK
+        runs.append(read_run([tmp_path / name]))
+        assert runs[-1].start is not None
+        assert before - 1 <= runs[-1].start <= time.time() + 1, (before, runs[-1].start, time.time())
+    assert [run.circumstances.extra["resumed"] for run in runs if run.circumstances] == [False, True]
 
 
 def test_a_kernel_that_dies_while_booting_is_explained(guest: Machine, results: Path) -> None:

@@ -15,6 +15,7 @@ from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import CONSOLE, CONTROL, QMP, RESULTS
 from kvmgmem.lab.qemu import Line, Qemu
 from kvmgmem.lab.result_channel import RECORD_BEGINS, split_garbage
+from kvmgmem.lab.snapshot import Snapshot
 from kvmgmem.results.records import Heartbeat, Note, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict, parse_line
 from kvmgmem.splats import Kind, Splat, block_is_complete, find_splats, kind_of, message_of
 
@@ -34,6 +35,9 @@ _RESTARTING = "reboot: Restarting system"
 
 class Account(Protocol):
     """Whoever keeps the run's account over all boots."""
+
+    def preparation(self) -> dict[str, Any]:
+        """What the guest's runner needs to know before it knows its tests."""
 
     def job(self) -> dict[str, Any]:
         """What the guest is to do."""
@@ -57,8 +61,13 @@ class Account(Protocol):
 class Boot:
     """One guest from its start to its end; decides what that end was."""
 
-    def __init__(self, account: Account, qemu: Qemu, limits: Limits) -> None:
+    def __init__(
+        self, account: Account, qemu: Qemu, limits: Limits, snapshot: Snapshot | None = None, resumed: bool = False
+    ) -> None:
+        """`snapshot` is what the guest was `resumed` from, or where its state is to be kept once it has booted."""
         self._account = account
+        self._snapshot = snapshot
+        self._resumed = resumed
         self._qemu = qemu
         self._limits = limits
         self.whole_console: deque[str] = deque(maxlen=20_000)
@@ -66,6 +75,7 @@ class Boot:
         """The console since the last start or end of a test."""
         self._open: TestStart | None = None
         self._open_since = 0.0
+        self._last_record = qemu.started
         self._last_end: TestEnd | None = None
         self._hello = False
         self._job_sent = False
@@ -83,6 +93,16 @@ class Boot:
         self._pardoned = 0.0
         self._nmi_since: float | None = None
         self._silence_text = ""
+        if snapshot is not None and resumed:
+            for text in snapshot.console():
+                self._on_console(text)
+            # It goes on by itself; should that be before QEMU's monitor tells of events, this answer says so.
+            self._qemu.qmp("query-status")
+
+    @property
+    def run_started(self) -> bool:
+        """Whether the runner came to its first record."""
+        return self._run_started
 
     # -- the loop
 
@@ -127,8 +147,9 @@ class Boot:
             return [self._qemu.started + limits.boot]
         silence = max(self._sign, self._pardoned) + limits.silence
         # A test's limit counts while there are heartbeats; without them it is not known to be the runner's fault.
-        if self._open is not None and time.monotonic() - self._sign < 2.5 * limits.heartbeat:
-            return [silence, self._open_since + limits.test]
+        if time.monotonic() - self._sign < 2.5 * limits.heartbeat:
+            # Without an open test, too: a runner may be stuck in what it does between tests, and init goes on beating.
+            return [silence, (self._last_record if self._open is None else self._open_since) + limits.test]
         return [silence]
 
     def _alive(self) -> None:
@@ -157,6 +178,9 @@ class Boot:
         self._alive()
         if record == "hello":
             self._on_hello(message)
+        elif record == "ready":
+            self._keep_state()
+            self._send_job()
         elif record == "heartbeat":
             self._account.write(Heartbeat(time.time()))
         elif record == "goodbye":
@@ -169,6 +193,21 @@ class Boot:
                 hint="remove the cached images: kvmgmem kernel rm --help",
             )
         self._hello = True
+        self._qemu.send(CONTROL, self._account.preparation())
+
+    def _keep_state(self) -> None:
+        """Keep the machine as it is now, unless it complained, which the next one should do by itself."""
+        if self._snapshot is None or self._resumed or find_splats(self._window):
+            return
+        draft = self._snapshot.draft()
+        if draft is None:
+            return
+        if self._qemu.save_state(draft):
+            self._snapshot.keep(list(self.whole_console))
+        else:
+            self._snapshot.drop_draft()
+
+    def _send_job(self) -> None:
         if not self._job_sent:
             self._job_sent = True
             self._qemu.send(CONTROL, self._account.job())
@@ -178,6 +217,9 @@ class Boot:
             message = json.loads(text)
         except ValueError:
             return
+        if self._resumed and isinstance(message, dict) and goes_on(message):
+            self._hello = True
+            self._send_job()
         if isinstance(message, dict) and message.get("event") == "SHUTDOWN":
             self._shutdown_reason = str(message.get("data", {}).get("reason", "unknown"))
             self._alive()
@@ -205,6 +247,7 @@ class Boot:
         self._garbage.append(f"{what or 'garbage'} on {where}: {data[:60]!r} ({len(data)} bytes)")
 
     def _on_record(self, record: Record) -> None:
+        self._last_record = time.monotonic()
         match record:
             case RunStart():
                 self._run_started = True
@@ -239,7 +282,9 @@ class Boot:
         self._complete_block()
         # The console may be slower than the result channel: what the last test's record holds was not this one's doing.
         earlier = self._last_end
-        splats = [splat for splat in find_splats(self._window) if earlier is None or not _told_by(splat, earlier)]
+        # What its own record holds the runner has judged, maybe as the report of a known bug.
+        told = [record for record in (earlier, end) if record is not None]
+        splats = [splat for splat in find_splats(self._window) if not any(_told_by(splat, record) for record in told)]
         if splats and end.verdict.severity < Verdict.SPLAT.severity:
             gravest = max(splats, key=lambda splat: splat.fatal)
             return replace(regrade(end, Verdict.SPLAT, gravest.reason), kernel_log=gravest.lines)
@@ -291,11 +336,9 @@ class Boot:
             return self._no_boot_ending()
         if now >= max(self._sign, self._pardoned) + self._limits.silence:
             return self._on_silence(now)
-        return Ending(
-            Cause.STUCK,
-            f"the runner did not end this test within {self._limits.test:.0f} s, although the guest is alive",
-            self._excerpt(),
-        )
+        what = "did not end this test" if self._open is not None else "did nothing between two tests"
+        limit = f"{self._limits.test:.0f} s"
+        return Ending(Cause.STUCK, f"the runner {what} within {limit}, although the guest is alive", self._excerpt())
 
     def _on_silence(self, now: float) -> Ending | None:
         silent = now - self._sign
@@ -423,6 +466,12 @@ class Boot:
         now = time.time()
         self._account.write(TestStart(test, now, rule="The kernel is well between the tests, too."))
         self._account.write(TestEnd(test, now, verdict, reason=f"{reason} (after {after})", kernel_log=tuple(excerpt)))
+
+
+def goes_on(message: dict[str, Any]) -> bool:
+    """Whether QEMU's monitor says that the guest runs: by its event, or in the answer to `query-status`."""
+    answer = message.get("return")
+    return message.get("event") == "RESUME" or (isinstance(answer, dict) and answer.get("running") is True)
 
 
 def regrade(end: TestEnd, verdict: Verdict, reason: str) -> TestEnd:

@@ -11,6 +11,7 @@ Whatever goes wrong here is said on the console and on the control port, and end
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from kvmgmem.errors import Answer, Errno
 
 CONTROL_PORT = "org.kvmgmem.control"
 RESULTS_PORT = "org.kvmgmem.results"
-PROTOCOL = 1
+PROTOCOL = 2
 
 HEARTBEAT_SECONDS = 5.0
 PROJECT_DIRECTORY = "/kvmgmem"
@@ -33,6 +34,21 @@ RUNNER_OUTPUT = Path("/run/runner-output")
 OUTPUT_TAIL = 64 * 1024
 PORT_DEADLINE = 60.0
 """Seconds until a port that has not appeared is taken for missing; modules and slow emulation included."""
+
+RNDRESEEDCRNG = 0x5207
+"""_IO('R', 0x07), include/uapi/linux/random.h."""
+
+WARM_MODULES = (
+    "kvmgmem.arch.x86_64",
+    "kvmgmem.caps",
+    "kvmgmem.catalogue.known_bugs",
+    "kvmgmem.io_uring",
+    "kvmgmem.processes",
+    "kvmgmem.testing.fixtures",
+    "kvmgmem.testing.session",
+    "kvmgmem.testing.storm",
+)
+"""What nearly every run imports, whatever its tests."""
 
 # System calls that neither Python nor its os module has; the numbers of arm64 are those of the generic table.
 NUMBERS = {
@@ -106,18 +122,25 @@ def main() -> NoReturn:
             _power_off()
         control = Control(_port_device(CONTROL_PORT))
         control.send("hello", protocol=PROTOCOL, init_started=started)
-        _serve(control, control.receive())
+        _serve(control)
     except BaseException as error:  # PID 1 has nobody above it
         _report(control, error)
     finally:
         _power_off()
 
 
-def _serve(control: Control, job: dict[str, Any]) -> None:
-    runner = os.fork()
-    if runner == 0:
-        _become_runner(job)
-    status = _watch(control, runner, float(job.get("heartbeat", HEARTBEAT_SECONDS)))
+def _serve(control: Control) -> None:
+    """Prepare a runner, say so, wait for its job, and see it through.
+
+    Between `ready` and the job the supervisor may keep this machine, and go on from there another day: nothing up to here
+    may depend on the tests, and what comes after it must not trust the clock.
+    """
+    runner = Runner(control.receive())
+    control.send("ready")
+    job = control.receive()
+    _catch_up(job)
+    runner.begin(job)
+    status = _watch(control, runner.pid, float(job.get("heartbeat", HEARTBEAT_SECONDS)))
     code = os.waitstatus_to_exitcode(status)
     control.send(
         "goodbye",
@@ -125,6 +148,41 @@ def _serve(control: Control, job: dict[str, Any]) -> None:
         signal=-code if code < 0 else None,
         output=_output_tail(),
     )
+
+
+class Runner:
+    """The process that runs pytest: it loads what every run needs, then waits for its job."""
+
+    def __init__(self, preparation: dict[str, Any]) -> None:
+        """Fork it, and return when it is ready or dead."""
+        job_reader, self._job_writer = os.pipe()
+        ready_reader, ready_writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._job_writer)
+            os.close(ready_reader)
+            _become_runner(preparation, job_reader, ready_writer)
+        os.close(job_reader)
+        os.close(ready_writer)
+        os.read(ready_reader, 1)
+        os.close(ready_reader)
+
+    def begin(self, job: dict[str, Any]) -> None:
+        """Hand it its job; how it ended, if it is dead, is for `_watch` to find."""
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self._job_writer, "wb") as pipe:
+            pipe.write(json.dumps(job).encode())
+
+
+def _catch_up(job: dict[str, Any]) -> None:
+    """Put the clock right and stir the entropy pool: this machine may have been kept since it booted."""
+    import fcntl
+
+    if "time" in job:
+        time.clock_settime(time.CLOCK_REALTIME, float(job["time"]))
+    if "entropy" in job:
+        with Path("/dev/urandom").open("wb", buffering=0) as pool:
+            pool.write(bytes.fromhex(job["entropy"]))
+            fcntl.ioctl(pool, RNDRESEEDCRNG)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -155,12 +213,36 @@ def _load_modules() -> None:
     """Load what the image carries, in order; a module that does not load is named on the console."""
     if not MODULES_DIRECTORY.is_dir():
         return
+    parameters = module_parameters(Path("/proc/cmdline").read_text())
     for path in sorted(MODULES_DIRECTORY.iterdir()):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        answer = _call("finit_module", fd, "", 0)
+        answer = _call("finit_module", fd, parameters.get(module_name(path), ""), 0)
         if isinstance(answer, Errno) and answer != Errno.EEXIST:  # built in, or loaded already
             print(f"kvmgmem: module {path.name} does not load: {answer.name}", flush=True)
         os.close(fd)
+
+
+def module_name(path: Path) -> str:
+    """The name of a module by that of its file in the image, "007-kvm-amd.ko": dashes are underscores to the kernel."""
+    return path.name.partition("-")[2].removesuffix(".ko").replace("-", "_")
+
+
+def module_parameters(command_line: str) -> dict[str, str]:
+    """What the kernel's command line says for modules, by name: "kvm_amd.npt=0" gives {"kvm_amd": "npt=0"}.
+
+    The kernel hands such words to what is built in; for a module, whoever loads it has to, as modprobe(8) does. Quotes
+    keep a value with spaces together, and what stands behind "--" is for init (next_arg and parse_args, Linux 7.3). In a
+    parameter's name the kernel itself takes dashes and underscores for one.
+    """
+    found: dict[str, list[str]] = {}
+    for word in re.findall(r'(?:[^\s"]|"[^"]*"?)+', command_line):
+        if word == "--":
+            break
+        name, equals, value = word.partition("=")
+        module, dot, parameter = name.partition(".")
+        if dot and module and parameter:
+            found.setdefault(module.replace("-", "_"), []).append(f"{parameter}{equals}{value}")
+    return {module: " ".join(words) for module, words in found.items()}
 
 
 def _raise_loglevel() -> None:
@@ -231,11 +313,15 @@ def _watch(control: Control, runner: int, interval: float) -> int:
         signal.sigtimedwait({signal.SIGCHLD}, max(0.0, next_beat - time.monotonic()))
 
 
-def _become_runner(job: dict[str, Any]) -> NoReturn:
+def _become_runner(preparation: dict[str, Any], job_reader: int, ready_writer: int) -> NoReturn:
     """Run pytest in this child and leave without any clean-up of PID 1's."""
     code = 4
     try:
-        _runner_process(job)
+        _runner_process(preparation)
+        _warm_up()
+        os.close(ready_writer)
+        with os.fdopen(job_reader, "rb") as pipe:
+            job = json.loads(pipe.read())
         code = _run_pytest(job)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 4
@@ -250,20 +336,18 @@ def _become_runner(job: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
-def _runner_process(job: dict[str, Any]) -> None:
+def _runner_process(preparation: dict[str, Any]) -> None:
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
-    output = os.open(RUNNER_OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    null = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
     os.environ.clear()
     os.environ.update(ENVIRONMENT)
-    os.environ["KVMGMEM_ACCELERATOR"] = str(job.get("accelerator", ""))
-    if job.get("flavour"):
-        os.environ["KVMGMEM_FLAVOUR"] = str(job["flavour"])
-    os.environ.update({str(name): str(value) for name, value in dict(job.get("environment", {})).items()})
+    os.environ["KVMGMEM_ACCELERATOR"] = str(preparation.get("accelerator", ""))
+    if preparation.get("flavour"):
+        os.environ["KVMGMEM_FLAVOUR"] = str(preparation["flavour"])
+    os.environ.update({str(name): str(value) for name, value in dict(preparation.get("environment", {})).items()})
     os.chdir(PROJECT_DIRECTORY)
     sys.dont_write_bytecode = True
     # PID 1 started in isolated mode; children that run sys.executable see the image's packages by its prefix.
@@ -271,11 +355,35 @@ def _runner_process(job: dict[str, Any]) -> None:
     sys.path.insert(0, PROJECT_DIRECTORY)
 
 
-def _run_pytest(job: dict[str, Any]) -> int:
+def _warm_up() -> None:
+    """Load what pytest and its plugins are, by a run over nothing; what goes wrong here goes wrong again with the job."""
     import gc
 
     # Imports and collection make objects that all stay: looking for garbage among them would only cost time.
     gc.disable()
+    with contextlib.suppress(BaseException):
+        import importlib
+
+        import pytest
+
+        empty = Path("/run/nothing")
+        empty.mkdir(exist_ok=True)
+        quiet = ["-qq", "--no-summary", "-p", "no:cacheprovider", f"--rootdir={empty}", "-c", "/dev/null"]
+        pytest.main(["--collect-only", *quiet, str(empty)])
+        for name in WARM_MODULES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
+def _run_pytest(job: dict[str, Any]) -> int:
+    import random
+
+    output = os.open(RUNNER_OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update({str(name): str(value) for name, value in dict(job.get("environment", {})).items()})
+    random.seed()
+
     import pytest
 
     arguments = [

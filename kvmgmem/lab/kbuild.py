@@ -43,7 +43,7 @@ _HEADERS = (
 _STEP = re.compile(r"  [A-Z][A-Z0-9_+-]* +(\[M\] +)?\S")
 
 # Steps of a whole build, measured on 7.3; a guess is enough, this only feeds the percentage.
-_STEPS = {"base": 2270, "debug": 2400, "coverage": 2290}
+_STEPS = {"base": 2270, "debug": 2230, "coverage": 2290}
 _STEPS_GUESS = 2300
 
 # What an error looks like in a kernel build's log, whoever reports it: compiler, linker, objtool, Kconfig, shell, make.
@@ -52,8 +52,8 @@ _ERROR = re.compile(
     r"|No space left on device|^Killed|internal compiler error|\*\*\* |cannot stat|No such file or directory"
     r"|Permission denied|Error \d+$)"
 )
-# Where make's own complaints begin, nothing more is to be learnt about what failed above them.
-_ECHO = re.compile(r"^make(\[\d+\])?: \*\*\* |^\s*\*\*\* *$")
+# Where make's own complaints or its next command begin, nothing more is to be learnt about what failed above them.
+_ECHO = re.compile(r"^make(\[\d+\])?: \*\*\* |^\s*\*\*\* *$|^gcc ")
 _LINES_SHOWN = 6
 
 # A compile can legitimately be slow, a whole build is never this slow.
@@ -211,37 +211,42 @@ def _run(request: BuildRequest, command: list[str], timeout: float) -> None:
 
 
 def _output(request: BuildRequest, command: list[str], timeout: float) -> Iterator[str]:
-    """Run a command in a process group of its own, log its output, and yield it line by line.
+    what = "build" if command[-1] == "bzImage" else command[-1] if command[0] == "make" else "merge_config.sh"
+    return logged_output(f"kernel {what}", command, request.log, request.objects, timeout)
 
-    Raises BuildError when it fails or takes too long. Whatever ends the iteration early, the whole group is killed.
+
+def logged_output(what: str, command: list[str], log: Path, objects: Path, timeout: float) -> Iterator[str]:
+    """Run a command that writes below `objects`, in a process group of its own; log its output, and yield it line by line.
+
+    Raises BuildError ("`what` failed", with the first error) when it fails or takes too long, HarnessError when the disk
+    is full. Whatever ends the iteration early, the whole group is killed.
     """
     with (
-        cache.disk_errors(request.objects),
-        request.log.open("a", encoding="utf-8") as log,
+        cache.disk_errors(objects),
+        log.open("a", encoding="utf-8") as file,
         _terminable(),
         _process_group(command, timeout) as (process, timed_out),
     ):
-        log.write(f"$ {' '.join(command)}\n")
-        log.flush()
+        file.write(f"$ {' '.join(command)}\n")
+        file.flush()
         assert process.stdout is not None
         for line in process.stdout:
-            log.write(line)
+            file.write(line)
             yield line.rstrip("\n")
         status = process.wait()
     if timed_out.is_set():
-        raise BuildError(f"`make` was not done after {timeout / 60:.0f} min, and was stopped", f"log: {request.log}")
+        raise BuildError(f"`make` was not done after {timeout / 60:.0f} min, and was stopped", f"log: {log}")
     if status != 0:
-        raise _failure(request, command, status)
+        raise _failure(what, log, objects, status)
 
 
-def _failure(request: BuildRequest, command: list[str], status: int) -> HarnessError:
-    log = request.log.read_text(encoding="utf-8", errors="replace")
-    if cache.looks_full(request.objects, log):
-        return cache.no_room(request.objects)
-    what = "build" if command[-1] == "bzImage" else command[-1] if command[0] == "make" else "merge_config.sh"
-    shown = first_error(log)
-    cause = "\n".join([f"kernel {what} failed (exit status {status}), first error:", *(f"    {line}" for line in shown)])
-    return BuildError(cause if shown else f"kernel {what} failed (exit status {status})", f"log: {request.log}")
+def _failure(what: str, log: Path, objects: Path, status: int) -> HarnessError:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if cache.looks_full(objects, text):
+        return cache.no_room(objects)
+    shown = first_error(text)
+    cause = "\n".join([f"{what} failed (exit status {status}), first error:", *(f"    {line}" for line in shown)])
+    return BuildError(cause if shown else f"{what} failed (exit status {status})", f"log: {log}")
 
 
 @contextmanager

@@ -101,9 +101,11 @@ def source_tree(origin: Origin, progress: Progress) -> Iterator[Path]:
         yield origin.tree
         return
     entry = cache.cache_root() / "sources" / origin.key
-    with cache.locked(entry, progress.note):
-        if not entry.exists():
-            _unpack_origin(origin, entry, progress)
+    # An entry that is there is whole: whoever only reads it need not wait for others who do, a build of an hour, say.
+    if not entry.exists():
+        with cache.locked(entry, progress.note):
+            if not entry.exists():
+                _unpack_origin(origin, entry, progress)
     with cache.locked(entry, progress.note, shared=True):
         yield entry
 

@@ -295,8 +295,8 @@ def _build_tree(
 ) -> Kernel:
     cached_objects = _folder("objects") / f"{origin.key}-{flavour.name}"
     objects = tree if options.in_place and origin.tree is not None else cached_objects
-    _refuse_odd_path(tree)
-    _refuse_odd_path(objects)
+    refuse_odd_path(tree)
+    refuse_odd_path(objects)
     cache.require_room(objects, _OBJECT_BYTES.get(flavour.name, _OBJECT_BYTES_GUESS))
     log = _folder("logs") / f"{entry.name}.log"
     started = time.time()
@@ -380,7 +380,8 @@ def _details(entry: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _refuse_odd_path(path: Path) -> None:
+def refuse_odd_path(path: Path) -> None:
+    """Raise HarnessError for a path that make would take apart."""
     if re.search(r"[\s:]", str(path)):
         raise HarnessError(
             f"the kernel's Makefile takes no path with a space or colon: {path}",

@@ -1,6 +1,7 @@
 """The QEMU machine: which accelerator, and one literal command line with a comment per group."""
 
 import os
+import shlex
 import shutil
 import struct
 from collections.abc import Mapping
@@ -45,6 +46,8 @@ class Machine:
     gdb: bool = False
     """Wait for a debugger on TCP port 1234 before the first instruction."""
     qemu: str = QEMU
+    incoming: Path | None = None
+    """The state of a guest that has booted (kvmgmem.lab.snapshot), to go on from; it waits for the monitor's `cont`."""
 
 
 def command_line(machine: Machine, channels: Mapping[str, int]) -> list[str]:
@@ -61,13 +64,14 @@ def command_line(machine: Machine, channels: Mapping[str, int]) -> list[str]:
         # q35 rather than microvm, which never boots under TCG without its pic and pit. No disks, no SMBus to probe.
         *("-machine", "q35,sata=off,smbus=off" + _numa_machine(machine)),
         *_accelerator(machine.accelerator),
-        *("-smp", str(machine.cpus), "-m", str(machine.memory_mib)),
+        *("-smp", _processors(machine), "-m", str(machine.memory_mib)),
         *_numa(machine),
         # A reset of the guest ends QEMU, so that a panic (panic=-1) or a triple fault ends the boot at once.
         "-no-reboot",
         *("-kernel", str(machine.kernel), "-initrd", str(machine.initrd), "-append", kernel_command_line(machine)),
         *(_channels(channels) if channels else _terminal()),
         *(("-s", "-S") if machine.gdb else ()),
+        *(("-incoming", f"exec:cat {shlex.quote(str(machine.incoming))}") if machine.incoming else ()),
     ]
 
 
@@ -104,17 +108,30 @@ def _numa_machine(machine: Machine) -> str:
     return "" if machine.numa_nodes > 1 else ",memory-backend=ram"
 
 
+def _cores_of_a_node(machine: Machine) -> int:
+    return -(-machine.cpus // machine.numa_nodes)
+
+
+def _processors(machine: Machine) -> str:
+    """A socket for each node: cores that share a cache over a border of nodes make the kernel warn (topology_sane)."""
+    if machine.numa_nodes == 1:
+        return str(machine.cpus)
+    cores, sockets = _cores_of_a_node(machine), machine.numa_nodes
+    return f"{machine.cpus},sockets={sockets},cores={cores},threads=1,maxcpus={cores * sockets}"
+
+
 def _numa(machine: Machine) -> tuple[str, ...]:
     """Memory and CPUs in equal parts on the nodes; the first nodes take what does not divide."""
     if machine.numa_nodes == 1:
         return ("-object", f"memory-backend-ram,id=ram,size={machine.memory_mib}M")
     words: list[str] = []
+    cores = _cores_of_a_node(machine)
     for node in range(machine.numa_nodes):
         memory = machine.memory_mib // machine.numa_nodes
         memory += machine.memory_mib % machine.numa_nodes if node == 0 else 0
-        cpus = [f"cpus={cpu}" for cpu in range(machine.cpus) if cpu % machine.numa_nodes == node]
         words += ["-object", f"memory-backend-ram,id=ram{node},size={memory}M"]
-        words += ["-numa", ",".join([f"node,nodeid={node},memdev=ram{node}", *cpus])]
+        # QEMU numbers CPUs socket by socket, and wants those that could still be plugged in on a node as well.
+        words += ["-numa", f"node,nodeid={node},memdev=ram{node},cpus={node * cores}-{(node + 1) * cores - 1}"]
     return tuple(words)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import select
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ MAX_LINE = 4 << 20
 """Bytes after which a line without an end is handed out in pieces; the longest honest record is far below that."""
 
 _READ_SIZE = 1 << 16
+_UNTHROTTLED = 1 << 40
+"""Bytes a second: the default limit is meant for a network."""
 _STDERR = "stderr"
 _ORDER = (CONSOLE, RESULTS, CONTROL, QMP, _STDERR)
 
@@ -105,6 +108,7 @@ class Qemu:
             os.set_blocking(file, False)
             self._selector.register(file, selectors.EVENT_READ, name)
         self.complaints: list[str] = []
+        self._kept: list[Line] = []
         self.qmp("qmp_capabilities")
 
     def __enter__(self) -> "Qemu":
@@ -137,7 +141,7 @@ class Qemu:
         """
         # Never for ever at a time: a limit may be infinite, which no system call takes.
         ready = {key.data for key, _ in self._selector.select(min(max(0.0, timeout), 60.0))}
-        lines: list[Line] = []
+        lines, self._kept = self._kept, []
         for name in _ORDER:
             if name in ready or (ready and name == CONSOLE):
                 lines += self._read(name)
@@ -178,6 +182,25 @@ class Qemu:
         """Give QEMU's monitor a command; its answer comes as a line of the channel `qmp`."""
         self.send(QMP, {"execute": command, **({"arguments": arguments} if arguments else {})})
 
+    def save_state(self, path: Path, limit: float = 60.0) -> bool:
+        """Write the state of the running machine to `path`; whether that was done within `limit` seconds.
+
+        Not stopped first: a state that was saved running goes on by itself when it has been read back.
+        """
+        self.qmp("migrate-set-parameters", **{"max-bandwidth": _UNTHROTTLED})
+        # QEMU 8.2 has file: as well; exec: is as old as migration.
+        self.qmp("migrate", uri=f"exec:cat > {shlex.quote(str(path))}")
+        status, deadline = "", time.monotonic() + limit
+        while status not in ("completed", "failed", "cancelled") and time.monotonic() < deadline and not self.ended:
+            self.qmp("query-migrate")
+            select.select([self._files[QMP]], [], [], 0.5)
+            for line in self._read(QMP):
+                status = _migration_status(line) or status
+                self._kept.append(line)
+            time.sleep(0.01)
+        self.qmp("cont")
+        return status == "completed"
+
     def cpu_seconds(self) -> float:
         """CPU time that QEMU has used, all threads together."""
         try:
@@ -205,6 +228,16 @@ class Qemu:
             how = f"ended with status {code}"
         complaint = next((line for line in reversed(self.complaints) if line.strip()), "")
         return f"QEMU {how}" + (f": {complaint}" if complaint else "")
+
+
+def _migration_status(line: Line) -> str:
+    """What an answer to `query-migrate` says; "" for any other line of the monitor."""
+    try:
+        answer = json.loads(line.data)["return"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    # "status" alone would be the answer to query-status; a migration that has begun tells its set-up time, too.
+    return str(answer.get("status", "")) if isinstance(answer, dict) and "setup-time" in answer else ""
 
 
 def _dying_with_parent() -> Callable[[], None]:

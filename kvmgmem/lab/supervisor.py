@@ -4,6 +4,7 @@ It stands outside the guest, writes the guest's records to the host's file as th
 to the open test, boots again, and has the remaining tests run. Several guests may share the tests of one run.
 """
 
+import os
 import shlex
 import threading
 import time
@@ -19,9 +20,11 @@ from kvmgmem.lab.ending import Cause, Ending, no_test_started, worth_another_boo
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import Machine
 from kvmgmem.lab.qemu import Qemu
+from kvmgmem.lab.snapshot import Snapshot, snapshot_of
 from kvmgmem.results.records import Heartbeat, Note, Plan, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict
 from kvmgmem.results.run import collect, exit_code
 from kvmgmem.results.stream import ResultStream
+from kvmgmem.trace.offer import offer
 
 FRUITLESS_BOOTS = 2
 """Boots in a row without a single test started, after which there is no point in another."""
@@ -46,6 +49,8 @@ class Request:
     """The command that repeats one test; `{test}` stands for its quoted node id."""
     console: Path | None = None
     """Where the consoles of all boots are kept."""
+    snapshots: Path | None = None
+    """The folder of booted guests to go on from; None to boot every time."""
 
 
 class Listener(Protocol):
@@ -146,7 +151,10 @@ class Supervisor:
     def _with_repeat(self, end: TestEnd) -> TestEnd:
         if end.verdict in (Verdict.PASSED, Verdict.SKIPPED) or end.test.startswith(PSEUDO_PREFIX):
             return end
-        return replace(end, repeat=self.request.repeat.replace("{test}", shlex.quote(end.test)))
+        end = replace(end, repeat=self.request.repeat.replace("{test}", shlex.quote(end.test)))
+        if end.verdict is Verdict.PANICKED:
+            end = replace(end, detail=offer(end.detail, self.request.repeat, end.test))
+        return end
 
     def _show(self, record: Record) -> None:
         if isinstance(record, TestStart):
@@ -209,6 +217,7 @@ class Lane:
         self._done: set[str] = set()
         self._boot_number = 0
         self._qemu: Qemu | None = None
+        self._resumed: Snapshot | None = None
 
     def run(self) -> None:
         """Boot until every test of the share has a verdict. Raises HarnessError if not one could be started."""
@@ -221,6 +230,8 @@ class Lane:
             self._supervisor.runner_output = ending.runner_output
             if ending.cause is Cause.FINISHED or self._supervisor.stopping:
                 return
+            if self._drop_bad_snapshot(ending):
+                continue
             if not self._plan and ending.runner_exit == 0:
                 return  # nothing was to be run: --collect-only, --version
             fruitless = fruitless + 1 if len(self._done) == before else 0
@@ -244,9 +255,14 @@ class Lane:
             qemu.process.kill()
 
     def _boot(self, machine: Machine) -> Ending:
+        snapshot = self._snapshot(machine)
+        self._resumed = snapshot if snapshot is not None and snapshot.exists else None
+        if self._resumed is None and self.number > 0:
+            snapshot = None  # one guest of several keeps its state, for they are the same
+        machine = replace(machine, incoming=self._resumed.use()) if self._resumed else machine
         with self._supervisor.start_qemu(machine) as qemu:
             self._qemu = qemu
-            boot = Boot(self, qemu, self._request.limits)
+            boot = Boot(self, qemu, self._request.limits, snapshot, resumed=self._resumed is not None)
             try:
                 ending = boot.run()
             finally:
@@ -255,7 +271,25 @@ class Lane:
                 self._qemu = None
         if not self._supervisor.stopping:
             boot.settle(ending)
+        self._resumed = None if boot.run_started else self._resumed
         return ending
+
+    def _snapshot(self, machine: Machine) -> Snapshot | None:
+        """Where this machine's state is or may be kept; None if it is not wanted."""
+        if self._request.snapshots is None or machine.verbose or machine.gdb:
+            return None
+        try:
+            return snapshot_of(machine, self.preparation(), self._request.snapshots)
+        except OSError:
+            return None  # QEMU will say what is not there
+
+    def _drop_bad_snapshot(self, ending: Ending) -> bool:
+        """Whether a state was resumed that came to nothing, so that the next boot is from nothing."""
+        if self._resumed is None or ending.cause not in (Cause.QEMU_DIED, Cause.NO_BOOT, Cause.RESET, Cause.HANG):
+            return False
+        self._supervisor.say(f"the kept guest could not be resumed, and is booted again: {ending.reason}")
+        self._resumed.remove()
+        return True
 
     def _remaining(self) -> list[str]:
         return [test for test in self._plan if test not in self._done]
@@ -268,23 +302,27 @@ class Lane:
 
     # -- what a boot reports
 
-    def job(self) -> dict[str, Any]:
-        """What the guest is told to do: its share of the tests, but for those that are done."""
-        environment = {
-            "KVMGMEM_TIME_SCALE": f"{self._request.time_scale:g}",
-            "KVMGMEM_REPEAT": self._request.repeat,
-            "KVMGMEM_NO_SUMMARY": "1",
-            **self._request.environment,
-        }
+    def preparation(self) -> dict[str, Any]:
+        """What the guest's runner is told before it loads anything: what modules read when they are imported."""
         return {
-            "pytest_args": list(self._request.pytest_args),
-            "environment": environment,
+            "environment": {"KVMGMEM_TIME_SCALE": f"{self._request.time_scale:g}", **self._request.environment},
             "accelerator": self._request.machine.accelerator,
             "flavour": self._request.flavour,
-            "time_scale": self._request.time_scale,
+        }
+
+    def job(self) -> dict[str, Any]:
+        """What the guest is told to do: its share of the tests, but for those that are done.
+
+        With the time and some randomness: a guest that was kept has the clock and the entropy of the day it booted.
+        """
+        return {
+            "pytest_args": list(self._request.pytest_args),
+            "environment": {"KVMGMEM_REPEAT": self._request.repeat, "KVMGMEM_NO_SUMMARY": "1"},
             "heartbeat": self._request.limits.heartbeat,
             "share": [self.number, self._request.guests],
             "done": sorted(self._done),
+            "time": time.time(),
+            "entropy": os.urandom(32).hex(),
         }
 
     def write(self, record: Record) -> None:
@@ -297,7 +335,7 @@ class Lane:
 
     def note_run_start(self, start: RunStart) -> None:
         """Keep a runner's circumstances, with the number of its boot."""
-        extra = {**start.circumstances.extra, "boot": self._boot_number}
+        extra = {**start.circumstances.extra, "boot": self._boot_number, "resumed": self._resumed is not None}
         self.write(replace(start, circumstances=replace(start.circumstances, extra=extra)))
 
     def note_first_test(self, seconds: float) -> None:

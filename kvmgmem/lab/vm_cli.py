@@ -76,6 +76,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--boots", type=int, default=25, metavar="N", help="how often a dying guest is started at most (default 25)"
     )
+    parser.add_argument(
+        "--fresh", action="store_true", help="boot, even where a guest of this kind was kept when it had booted"
+    )
     parser.add_argument("--memory", type=int, default=1536, metavar="MiB", help="the guest's memory (default 1536)")
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="its CPUs (default 2)")
     parser.add_argument("--numa", type=int, default=1, metavar="N", help="its NUMA nodes (default 1)")
@@ -187,6 +190,7 @@ def _supervise(
         limits=Limits.unlimited() if args.gdb else limits,
         boots=args.boots,
         guests=_guests(args),
+        snapshots=cache_root() / "snapshots" if _may_resume(args, accelerator) else None,
         repeat=args.repeat or repeat_command(args, kernel),
         console=results.with_suffix(".console"),
         environment={} if args.variant == "plain" else {"KVMGMEM_VARIANT": args.variant},
@@ -198,6 +202,11 @@ def _supervise(
         boots = "1 boot" if supervisor.boots == 1 else f"{supervisor.boots} boots"
         progress.note(f"first test after {supervisor.first_test_after:.1f} s, {guests}{boots}")
     return supervisor
+
+
+def _may_resume(args: argparse.Namespace, accelerator: Accelerator) -> bool:
+    """Whether to go on from a guest that has booted: for a few tests, and for a kernel that will be tried again."""
+    return accelerator.name == "tcg" and bool(args.pytest_args) and not (args.fresh or args.source)
 
 
 def _guests(args: argparse.Namespace) -> int:

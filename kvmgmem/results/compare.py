@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+from kvmgmem.results.features import features_by_column
 from kvmgmem.results.known_bug_text import bug_line
 from kvmgmem.results.records import Circumstances, Verdict
 from kvmgmem.results.run import Run, TestOutcome, run_fault
@@ -47,11 +48,14 @@ class Row:
     contract: tuple[str, ...]
     rule: str
     outcomes: tuple[TestOutcome | None, ...]
+    comparable: tuple[bool, ...]
+    """Which columns have tests of this one's suite: another suite's run says nothing by not having it."""
 
     @property
     def differs(self) -> bool:
-        """Whether the columns that have the test disagree about it."""
-        return len({outcome.verdict if outcome else None for outcome in self.outcomes}) > 1
+        """Whether columns disagree about the test; one that ought to have it and has not disagrees, too."""
+        cells = zip(self.outcomes, self.comparable, strict=True)
+        return len({outcome.verdict if outcome else None for outcome, counts in cells if counts}) > 1
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,11 @@ class Comparison:
 
 
 def label_of(facts: Circumstances | None) -> str:
-    """What a run is called: release, flavour, variant; `host` where it was no guest."""
+    """What a run is called: release, flavour, variant, suite; `host` where it was no guest."""
     if facts is None:
         return "unknown kernel"
-    parts = [facts.release, *filter(None, (facts.flavour, str(facts.extra.get("variant") or "")))]
+    differences = (str(facts.extra.get(key) or "") for key in ("variant", "suite"))
+    parts = [facts.release, *filter(None, (facts.flavour, *differences))]
     return one_line(" ".join([*parts, *(["host"] if facts.where == "host" else [])]))
 
 
@@ -81,14 +86,27 @@ def compare(runs: Sequence[Run], labels: Sequence[str] | None = None) -> Compari
     unique = [name if names.count(name) == 1 else f"{name} #{names[: at + 1].count(name)}" for at, name in enumerate(names)]
     by_test = [{outcome.test: outcome for outcome in run.tests} for run in runs]
     tests = dict.fromkeys(test for column in by_test for test in column)
-    rows = tuple(_row(test, [column.get(test) for column in by_test]) for test in tests)
+    suites = [set(map(suite_of, column)) for column in by_test]
+    rows = tuple(_row(test, [column.get(test) for column in by_test], _comparable(test, suites)) for test in tests)
     return Comparison(tuple(map(Column, unique, runs)), rows)
 
 
-def _row(test: str, outcomes: Sequence[TestOutcome | None]) -> Row:
+def suite_of(test: str) -> str:
+    """Whose test it is: `kselftest` for the kernel's own, `kernel` for what belongs to no test, else "" (kvmgmem's)."""
+    root = test.partition("::")[0]
+    return root if root in ("kselftest", "kernel") else ""
+
+
+def _comparable(test: str, suites: Sequence[set[str]]) -> list[bool]:
+    # What happens between tests can happen to every run, and a run without any test was of every suite.
+    suite = suite_of(test)
+    return [suite == "kernel" or suite in found or found <= {"kernel"} for found in suites]
+
+
+def _row(test: str, outcomes: Sequence[TestOutcome | None], comparable: Sequence[bool]) -> Row:
     # A test that never started names no row; another column may know more.
     known = max((outcome for outcome in outcomes if outcome), key=lambda outcome: len(outcome.contract))
-    return Row(test, known.area, known.contract, known.rule, tuple(outcomes))
+    return Row(test, known.area, known.contract, known.rule, tuple(outcomes), tuple(comparable))
 
 
 def write_comparison(comparison: Comparison, out: TextIO) -> None:
@@ -113,7 +131,25 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         for group in _alike(differing):
             yield from _group_lines(group, letters)
     yield ""
-    yield f"{len(comparison.rows) - len(differing)} of {len(comparison.rows)} tests agree in all {len(letters)} columns."
+    where = (
+        f"all {len(letters)} columns"
+        if all(all(row.comparable) for row in comparison.rows)
+        else "all columns of their suite"
+    )
+    yield f"{len(comparison.rows) - len(differing)} of {len(comparison.rows)} tests agree in {where}."
+    yield from _features(comparison, letters)
+
+
+def _features(comparison: Comparison, letters: Sequence[str]) -> Iterator[str]:
+    """The features to come that some column has, or answers oddly about."""
+    states = features_by_column([column.run for column in comparison.columns])
+    if not states:
+        return
+    known = {"absent", "not asked", "-"}
+    worth_a_line = {name: columns for name, columns in states.items() if not known.issuperset(columns)}
+    yield "Features to come:" if worth_a_line else f"Features to come: none of {len(states)} is present in any column."
+    for name, columns in worth_a_line.items():
+        yield f"  {name}: " + ", ".join(f"{letter} {state}" for letter, state in zip(letters, columns, strict=True))
 
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:

@@ -74,6 +74,7 @@ def _test(row: Row) -> dict[str, Any]:
         "area": row.area,
         "contract": list(row.contract),
         "rule": row.rule,
+        "differs": row.differs,
         "cells": [
             None
             if outcome is None

@@ -1,0 +1,99 @@
+"""A booted guest kept on disk: the next run of a few tests resumes it instead of booting the same kernel again.
+
+QEMU writes the machine's state where the guest has booted, has imported what every runner imports, and knows nothing yet of
+the tests to come. Under TCG that is four fifths of the time to a first test. A state is worth what it was made of: its name
+is a digest of the kernel, the image, QEMU, the machine and the environment, so that any change makes it nobody's.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kvmgmem.lab.cache import MiB, free_bytes
+from kvmgmem.lab.guest_init import PROTOCOL
+from kvmgmem.lab.machine import Machine, command_line
+
+KEPT = 6
+"""How many states are kept, the least recently used going first; each takes about 140 MiB."""
+ROOM = 1024 * MiB
+"""Bytes that must be free for another one."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The place of one machine's state; whether it is there is another matter."""
+
+    folder: Path
+
+    @property
+    def state(self) -> Path:
+        """What QEMU wrote."""
+        return self.folder / "state"
+
+    @property
+    def exists(self) -> bool:
+        """Whether it has been taken."""
+        return self.state.is_file()
+
+    def console(self) -> list[str]:
+        """What the kernel had said on the way there."""
+        return (self.folder / "console").read_text(errors="replace").splitlines()
+
+    def use(self) -> Path:
+        """The state's path, which now counts as used last."""
+        with contextlib.suppress(OSError):
+            os.utime(self.folder)
+        return self.state
+
+    def draft(self) -> Path | None:
+        """Where QEMU may write a state that `keep` then puts in place; None without room for it."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            if free_bytes(self.folder.parent) < ROOM:
+                return None
+            draft = self._draft
+            draft.mkdir(exist_ok=True)
+        except OSError:
+            return None
+        return draft / "state"
+
+    def keep(self, console: Sequence[str]) -> None:
+        """Put the draft in place, with what the console said; remove states that nobody used for long."""
+        try:
+            (self._draft / "console").write_text("\n".join(console))
+            self._draft.rename(self.folder)
+        except OSError:  # another run was quicker, or the disk is full: this run goes on either way
+            self.drop_draft()
+        for old in sorted(self.folder.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def drop_draft(self) -> None:
+        """Remove a draft that came to nothing."""
+        shutil.rmtree(self._draft, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove a state that turned out to be of no use."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _draft(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}-{os.getpid()}")
+
+
+def snapshot_of(machine: Machine, preparation: Mapping[str, object], folder: Path) -> Snapshot:
+    """The place below `folder` of this machine's state, after this preparation. Raises OSError if its files are gone."""
+    qemu = Path(shutil.which(machine.qemu) or machine.qemu).resolve()
+    facts = {
+        "protocol": PROTOCOL,
+        # The image's name, which is in here, says what is in it.
+        "command": command_line(replace(machine, incoming=None), {}),
+        "kernel": hashlib.sha256(machine.kernel.read_bytes()).hexdigest(),
+        "qemu": [str(qemu), qemu.stat().st_size, qemu.stat().st_mtime_ns],
+        "preparation": preparation,
+    }
+    return Snapshot(folder / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20])

@@ -1,0 +1,1 @@
+"""Mutation: how many deliberate faults of a kernel the selftests notice."""

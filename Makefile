@@ -33,8 +33,9 @@ lint: setup ## ruff, mypy, and a build of the C with all warnings as errors
 	$(VENV)/bin/mypy
 	scripts/lint-native
 
-check: setup ## the harness's own tests
+check: setup ## the harness's own tests, and whether a test asserts each row of the contract
 	@$(VENV)/bin/kvmgmem kernel headers >/dev/null || echo "kvmgmem: the uAPI header is not compared with the kernel's" >&2
+	@$(VENV)/bin/kvmgmem contract --check
 	$(PY) -m pytest tests -q
 
 bench-harness: setup ## how fast the harness is; ratios from one run, never a verdict

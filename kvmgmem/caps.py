@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kvmgmem.guest_memfd import KIND_NAMES
 from kvmgmem.host import Host, gmem_kinds, probe
+from kvmgmem.roadmap import FEATURES, survey
 
 
 def add_caps_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,8 +23,9 @@ def run_caps(args: argparse.Namespace) -> int:
 
 
 def as_json(host: Host) -> dict[str, object]:
-    """All facts, and the requirements with what is missing ("" if met)."""
-    return {**host.as_dict(), "requirements": dict(_requirements(host))}
+    """All facts, the requirements with what is missing ("" if met), and the features to come with their answers."""
+    features = {name: {"state": found.state, "why": found.sentence} for name, found in survey().items()}
+    return {**host.as_dict(), "requirements": dict(_requirements(host)), "features_to_come": features}
 
 
 def _requirements(host: Host) -> Iterator[tuple[str, str]]:
@@ -55,3 +57,7 @@ def lines(host: Host) -> Iterator[str]:
         yield "Tests that need one of these will be skipped (--require NAME makes that a failure):"
         width = max(len(name) for name, _ in missing)
         yield from (f"  {name.ljust(width)}  {why}" for name, why in missing)
+    yield ""
+    yield "Features to come, by what this kernel answers:"
+    width = max(len(feature.name) for feature in FEATURES)
+    yield from (f"  {name.ljust(width)}  {found.state.ljust(9)}  {found.sentence}" for name, found in survey().items())

@@ -13,18 +13,24 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     from kvmgmem.caps import add_caps_parser
     from kvmgmem.contract_report import add_contract_parser
+    from kvmgmem.fuzz import add_fuzz_parser
     from kvmgmem.lab.kernel_cli import add_kernel_parser
+    from kvmgmem.lab.kselftest_cli import add_kselftest_parser
     from kvmgmem.lab.matrix import add_matrix_parser
     from kvmgmem.lab.vm_cli import add_vm_parser
+    from kvmgmem.mutate.mutate_cli import add_mutate_parser
     from kvmgmem.report import add_report_parser
     from kvmgmem.run import add_run_parser
     from kvmgmem.selftest import add_selftest_parser
+    from kvmgmem.trace.replay import add_replay_parser
+    from kvmgmem.trace.repro import add_repro_parser
+    from kvmgmem.trace.text import add_trace_parser
 
     parser = argparse.ArgumentParser(
         prog="kvmgmem",
         description="Check the contract of guest_memfd on a real kernel: this one, or one in a QEMU guest.",
         epilog="Exit codes: 0 all as expected, 1 a test failed, 2 usage, 3 nothing ran, 4 the harness or its guest failed, "
-        "5 the kernel reported a splat or died. Everything after -- goes to pytest.",
+        "5 the kernel reported a splat or died, 6 (repro) it cannot be said in C. Everything after -- goes to pytest.",
     )
     parser.add_argument("--version", action="version", version=f"kvmgmem {kvmgmem.__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -32,10 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_caps_parser(subparsers)
     add_run_parser(subparsers)
     add_vm_parser(subparsers)
+    add_kselftest_parser(subparsers)
     add_matrix_parser(subparsers)
     add_kernel_parser(subparsers)
+    add_mutate_parser(subparsers)
     add_contract_parser(subparsers)
+    add_fuzz_parser(subparsers)
     add_report_parser(subparsers)
+    add_trace_parser(subparsers)
+    add_replay_parser(subparsers)
+    add_repro_parser(subparsers)
     return parser
 
 
@@ -61,21 +73,33 @@ def dispatch(args: argparse.Namespace) -> int:
     """Call the verb's function."""
     from kvmgmem.caps import run_caps
     from kvmgmem.contract_report import run_contract
+    from kvmgmem.fuzz import run_fuzz
     from kvmgmem.lab.kernel_cli import run_kernel
+    from kvmgmem.lab.kselftest_cli import run_kselftest
     from kvmgmem.lab.matrix import run_matrix
     from kvmgmem.lab.vm_cli import run_vm
+    from kvmgmem.mutate.mutate_cli import run_mutate
     from kvmgmem.report import run_report
     from kvmgmem.run import run_run
     from kvmgmem.selftest import run_selftest
+    from kvmgmem.trace.replay import run_replay
+    from kvmgmem.trace.repro import run_repro
+    from kvmgmem.trace.text import run_trace
 
     verbs = {
         "caps": run_caps,
         "contract": run_contract,
+        "fuzz": run_fuzz,
         "kernel": run_kernel,
+        "kselftest": run_kselftest,
         "matrix": run_matrix,
+        "mutate": run_mutate,
+        "replay": run_replay,
         "report": run_report,
+        "repro": run_repro,
         "run": run_run,
         "selftest": run_selftest,
+        "trace": run_trace,
         "vm": run_vm,
     }
     return int(verbs[args.verb](args))

@@ -12,6 +12,8 @@ from kvmgmem.exit_codes import ExitCode
 from kvmgmem.results.outputs import add_output_options, report
 
 QUIET = ["-q", "--no-header", "--no-summary", "--tb=no", "-p", "no:cacheprovider"]
+# Where we are properly installed, pytest knows our modules for a plugin's, and wonders that we are here already.
+QUIET += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 
 
 def add_run_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,6 +22,7 @@ def add_run_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("--require", default="", metavar="NAMES", help="requirements whose lack is a failure, not a skip")
     parser.add_argument("--disruptive", action="store_true", help="also tests that could take this host down")
     parser.add_argument("--effort", type=float, default=1.0, metavar="X", help="scale the volume of long tests")
+    parser.add_argument("--trace", metavar="DIR", help="record every call of each test in a file of its own there")
     add_output_options(parser)
 
 
@@ -67,6 +70,7 @@ def _pytest(args: argparse.Namespace, results: Path) -> int:
 
     words = [*QUIET, f"--results={results}", f"--require={args.require}", f"--effort={args.effort}"]
     words += ["--disruptive"] if args.disruptive else []
+    words += [f"--trace-to={Path(args.trace).resolve()}"] if args.trace else []
     sys.stdout.flush()
     os.environ["KVMGMEM_NO_SUMMARY"] = "1"  # the report at the end writes it
     return int(pytest.main([*words, *args.pytest_args, *default_paths(args.pytest_args)]))

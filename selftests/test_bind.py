@@ -732,7 +732,7 @@ def test_gmems_side_by_side(running: Running) -> None:
 def test_thousands_of_slots_on_one_file(running: Running, order: str, request: pytest.FixtureRequest) -> None:
     """One file can be bound by thousands of slots, page by page in any order, and its release unbinds them all."""
     vm, cpu = running.vm, running.cpu
-    count = round(2000 * request.config.getoption("--effort")) if order == "shuffled" else 200
+    count = round(1000 * request.config.getoption("--effort")) if order == "shuffled" else 200
     vm.delete_region(running.region.slot)
     pages = list(range(count))
     if order == "descending":

@@ -1,7 +1,4 @@
-"""GM-ENC: mirroring and moving encryption between VMs, and populating encrypted memory through gmem.
-
-GM-ENC-023 (a TDX guest's stale shared mapping) has no test: it needs a guest that runs its own code inside a trust domain.
-"""
+"""GM-ENC: mirroring and moving encryption between VMs, and populating encrypted memory through gmem."""
 
 import threading
 from collections.abc import Callable
@@ -17,7 +14,7 @@ from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.kvm import Kvm
 from kvmgmem.memory import Mapping, MemoryRegion
 from kvmgmem.processes import Channel, ChildProcess
-from kvmgmem.testing import contract, gmem_kinds, known_bug, requires, vm_types
+from kvmgmem.testing import contract, disruptive, gmem_kinds, known_bug, requires, vm_types
 from kvmgmem.testing.encryption import (
     SEV_LAUNCH_UPDATE_VMSA,
     SEV_POLICY_ES,
@@ -39,7 +36,17 @@ from kvmgmem.testing.encryption import (
 )
 from kvmgmem.testing.fixtures import GPA, SIZE, Running
 from kvmgmem.testing.shmem import shmem
+from kvmgmem.testing.trust_domain import (
+    BOOT_GPA,
+    BOOT_SIZE,
+    LOOKED_AT,
+    MARK,
+    Entry,
+    boot_image,
+    start,
+)
 from kvmgmem.testing.vm_directory import VmDirectory
+from kvmgmem.vcpu import Vcpu
 from kvmgmem.vm import Vm
 
 UNUSED_FD = 0xFFFF
@@ -519,3 +526,73 @@ def test_requests_to_populate_a_trust_domain_are_checked(kvm: Kvm) -> None:
             assert tdx_command(vm, lib.KVM_TDX_FINALIZE_VM) == OK
             late = good.but(gpa=GPA + 2 * PAGE_SIZE)
             assert tdx_populate(vcpu, late) == (Errno.EINVAL, late)
+
+
+def assert_sees_holes(vcpu: Vcpu, gmem: GuestMemfd) -> None:
+    """Let the guest of `trust_domain` look at its page: its mark is there until a punch, and zero after each."""
+    for expected in (0, MARK, MARK):
+        assert reported(vcpu) == expected
+    for _ in range(3):
+        gmem.punch()
+        assert gmem.allocated_pages() == 0
+        assert reported(vcpu) == 0
+        assert gmem.allocated_pages() == 1
+        assert reported(vcpu) == MARK
+
+
+def reported(vcpu: Vcpu) -> int:
+    """What the guest says that it has read."""
+    ended = vcpu.run()
+    assert isinstance(ended, IoExit), ended
+    return int.from_bytes(ended.data, "little")
+
+
+@contract("GM-ENC-023")
+@requires("tdx")
+@disruptive()
+def test_a_punch_reaches_what_a_trust_domain_shares(kvm: Kvm) -> None:
+    """A trust domain that reads a page through a shared address sees a punch of it at once, and no freed page.
+
+    A gmem that can be mapped serves shared accesses as well, so a punch must zap the shared half of guest memory too.
+    """
+    image = boot_image(1 << TDX_GPA_BITS - 1, trust_domain=True)
+    with (
+        kvm.create_vm(VmType.TDX) as vm,
+        vm.create_guest_memfd(BOOT_SIZE) as private,
+        vm.create_guest_memfd(SIZE, GmemFlag.MMAP) as gmem,
+        Mapping.anonymous(BOOT_SIZE) as source,
+    ):
+        source.write(0, image)
+        assert tdx_init(vm) == OK
+        vm.bind(private, gpa=BOOT_GPA)
+        vm.set_private(BOOT_GPA, BOOT_SIZE)
+        vm.bind(gmem, slot=1, gpa=LOOKED_AT)
+        with vm.create_vcpu() as vcpu:
+            assert tdx_command(vcpu, lib.KVM_TDX_INIT_VCPU) == OK
+            region = TdxRegion(BOOT_GPA, source.address, BOOT_SIZE // PAGE_SIZE)
+            assert tdx_populate(vcpu, region)[0] == OK
+            assert tdx_command(vm, lib.KVM_TDX_FINALIZE_VM) == OK
+            assert_sees_holes(vcpu, gmem)
+
+
+@contract("GM-ENC-023")
+@vm_types("default")
+@gmem_kinds("gMS")
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(Entry.RESET, marks=requires("unpaged-guests"), id="reset"), pytest.param(Entry.LONG_MODE, id="long-mode")],
+)
+def test_a_punch_reaches_what_an_ordinary_guest_sees(vm: Vm, gmem: GuestMemfd, entry: Entry) -> None:
+    """The same code in a VM that is no trust domain, where all its memory is shared, sees each punch.
+
+    The slot has the gmem's own mapping for host address: kvm_pvm, which emulates this code, looks there.
+    """
+    from kvmgmem.arch.x86_64 import set_supported_cpuid
+
+    with Mapping.anonymous(BOOT_SIZE) as memory, gmem.map() as mapping, vm.create_vcpu() as vcpu:
+        memory.write(0, boot_image(0, trust_domain=False))
+        vm.set_region(MemoryRegion(slot=0, gpa=BOOT_GPA, size=BOOT_SIZE, hva=memory.address))
+        vm.bind(gmem, slot=1, gpa=LOOKED_AT, hva=mapping.address)
+        set_supported_cpuid(vcpu)
+        start(vcpu, entry)
+        assert_sees_holes(vcpu, gmem)

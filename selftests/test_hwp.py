@@ -12,7 +12,7 @@ from kvmgmem.errors import Answer, Errno
 from kvmgmem.exits import MemoryFaultExit, RunResult
 from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.memory import Mapping, MemoryRegion
-from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, vm_types, wait_until
+from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, vm_types, wait_until, would_show
 from kvmgmem.testing.fixtures import GPA, SIZE, Running
 from kvmgmem.testing.host_faults import assert_sigbus
 from kvmgmem.testing.hwpoison import machine_check, poison, run_guarded
@@ -132,6 +132,7 @@ def test_host_access_to_poison_is_a_machine_check(gmem: GuestMemfd) -> None:
 @requires("memory-failure", "root", "x86")
 @vm_types("default")
 @gmem_kinds("gMS")
+@would_show("B13")
 def test_guest_access_to_poison_goes_to_userspace(running: Running) -> None:
     """A guest's access to a broken gmem page is EHWPOISON with a MEMORY_FAULT exit, as often as it is tried."""
     cpu = running.cpu

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvmgmem import entry
 from kvmgmem._native import ffi, lib
 from kvmgmem.abi import OK, PAGE_SIZE, Cap, GiB, GmemFlag, MemFlag, MiB, VmType
-from kvmgmem.arch.x86_64 import CR0_LONG, CR4_PAE, EFER_LONG, GuestCpu, GuestMachine, max_gpa_bits
+from kvmgmem.arch.x86_64 import GuestCpu, max_gpa_bits
 from kvmgmem.errors import Answer, Errno
 from kvmgmem.exits import IoExit, decode
 from kvmgmem.guest_memfd import GuestMemfd
@@ -24,7 +23,9 @@ from kvmgmem.memory import Mapping, MemoryRegion
 from kvmgmem.syscalls import NUMBER
 from kvmgmem.testing import contract, gmem_kinds, known_bug, requires, vm_types, wait_until
 from kvmgmem.testing.dead_slots import memory_fault
+from kvmgmem.testing.encryption import sev_device, sev_init, snp_launch_finish, snp_launch_start, tdx_command, tdx_init
 from kvmgmem.testing.fixtures import GPA, SIZE, Bound, Running
+from kvmgmem.testing.nested_svm import EFER_SVME, KVM_SET_NESTED_STATE, NOT_NESTED, nested_state
 from kvmgmem.testing.pending_signal import in_child_with_signal_pending
 from kvmgmem.testing.stats import read_stats
 from kvmgmem.vcpu import Vcpu
@@ -127,31 +128,6 @@ def test_shadow_paging_cannot_prefault(bound: Bound, cpu: GuestCpu) -> None:
     assert bound.gmem.allocated_pages() == 1
 
 
-# struct kvm_nested_state of api.rst 4.114: flags, format, size, the header of the VMCB's address, the VMCB itself.
-KVM_SET_NESTED_STATE = 0x4080_AEBF
-NESTED_FORMAT_SVM = 1
-NESTED_GUEST_MODE = 1 << 0
-NESTED_GIF_SET = 1 << 8
-EFER_SVME = 1 << 12
-VMCB_SIZE = 4096
-
-
-def nested_state(machine: GuestMachine, *, nested_paging: bool) -> bytes:
-    """A vCPU in a nested guest, by the layout of the VMCB (AMD64 manual, volume 2, appendix B)."""
-    vmcb = bytearray(VMCB_SIZE)
-    struct.pack_into("<I", vmcb, 0x010, 1)  # intercept VMRUN
-    struct.pack_into("<I", vmcb, 0x058, 1)  # ASID
-    struct.pack_into("<Q", vmcb, 0x090, int(nested_paging))
-    struct.pack_into("<Q", vmcb, 0x0B0, machine.cr3)  # root of the nested page tables
-    save = 0x400  # what the host of the nested guest goes on with
-    struct.pack_into("<Q", vmcb, save + 0x0D0, EFER_LONG | EFER_SVME)
-    struct.pack_into("<QQQ", vmcb, save + 0x148, CR4_PAE, machine.cr3, CR0_LONG)
-    struct.pack_into("<QQQ", vmcb, save + 0x160, 0x400, 0xFFFF_0FF0, 2)  # DR7, DR6, RFLAGS
-    header = struct.pack("<Q112x", machine.gpa + 0xE_0000)
-    size = 8 + len(header) + len(vmcb)
-    return struct.pack("<HHI", NESTED_GUEST_MODE | NESTED_GIF_SET, NESTED_FORMAT_SVM, size) + header + bytes(vmcb)
-
-
 @contract("GM-PF-005")
 @vm_types("default")
 @requires("prefault", "nested-svm")
@@ -167,12 +143,11 @@ def test_a_nested_guest_with_page_tables_of_its_own_cannot_prefault(running: Run
     def set_nested(state: bytes) -> Answer:
         return vcpu.raw.ioctl_struct(KVM_SET_NESTED_STATE, ffi.new("char[]", state))
 
-    left = struct.pack("<HHI120x", NESTED_GIF_SET, NESTED_FORMAT_SVM, 128)
     states = {
-        "not nested": (left, OK),
+        "not nested": (NOT_NESTED, OK),
         "nested, without nested paging": (nested_state(running.machine, nested_paging=False), OK),
         "nested paging": (nested_state(running.machine, nested_paging=True), Errno.ENOTSUP),
-        "left": (left, OK),
+        "left": (NOT_NESTED, OK),
     }
     assert running.vm.check_extension(Cap.PRE_FAULT_MEMORY) == 1
     for page, (name, (state, wanted)) in enumerate(states.items()):
@@ -181,60 +156,26 @@ def test_a_nested_guest_with_page_tables_of_its_own_cannot_prefault(running: Run
         assert gmem.allocated_pages(page * PAGE_SIZE, PAGE_SIZE) == (wanted == OK), name
 
 
-def sev_command(vm: Vm, device: int, command: int, data: object) -> Answer:
-    """KVM_MEMORY_ENCRYPT_OP of an AMD VM (amd-memory-encryption.rst)."""
-    request = ffi.new("struct kvm_sev_cmd *", {"id": command, "data": entry.address_of(data), "sev_fd": device})
-    return vm.raw.ioctl_struct(lib.KVM_MEMORY_ENCRYPT_OP, request)
-
-
 @contract("GM-PF-006")
 @requires("snp", "root")
 def test_an_snp_vm_prefaults_once_it_is_finished(kvm: Kvm) -> None:
     """An SNP VM cannot prefault before KVM_SEV_SNP_LAUNCH_FINISH (EOPNOTSUPP), and can from then on."""
-    device = os.open("/dev/sev", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        with kvm.create_vm(VmType.SNP) as vm, vm.create_guest_memfd(SIZE, GmemFlag.MMAP) as gmem:
-            assert sev_command(vm, device, lib.KVM_SEV_INIT2, ffi.new("struct kvm_sev_init *")) == OK
-            vm.bind(gmem, gpa=GPA)
-            vm.set_private(GPA, SIZE)
-            with vm.create_vcpu() as vcpu:
-                assert vcpu.raw.pre_fault(GPA, PAGE_SIZE) == (Errno.ENOTSUP, GPA, PAGE_SIZE)
-                start = ffi.new("struct kvm_sev_snp_launch_start *", {"policy": 0x3_0000})  # SMT, and the bit that must be 1
-                assert sev_command(vm, device, lib.KVM_SEV_SNP_LAUNCH_START, start) == OK
-                assert vcpu.raw.pre_fault(GPA, PAGE_SIZE) == (Errno.ENOTSUP, GPA, PAGE_SIZE)
-                assert gmem.allocated_pages() == 0
-                finish = ffi.new("struct kvm_sev_snp_launch_finish *")
-                assert sev_command(vm, device, lib.KVM_SEV_SNP_LAUNCH_FINISH, finish) == OK
-                assert vcpu.raw.pre_fault(GPA, PAGE_SIZE) == (OK, GPA + PAGE_SIZE, 0)
-                assert gmem.allocated_pages() == 1
-    finally:
-        os.close(device)
-
-
-KVM_CAP_SPLIT_IRQCHIP = 121
-TDX_SUPPORTED_AT = 8  # supported_xfam in struct kvm_tdx_capabilities (arch/x86/include/uapi/asm/kvm.h, Linux 6.16)
-TDX_CAPABILITIES_SIZE = 8 * 256
-TDX_MAX_CPUID = 256
-XFAM_X87_SSE = 3
-CPUID_WIDTHS = 0x8000_0008
-
-
-def tdx_command(vm: Vm, command: int, data: object) -> Answer:
-    """KVM_MEMORY_ENCRYPT_OP of an Intel TDX VM (virt/kvm/x86/intel-tdx.rst)."""
-    request = ffi.new("struct kvm_tdx_cmd *", {"id": command, "data": entry.address_of(data)})
-    return vm.raw.ioctl_struct(lib.KVM_MEMORY_ENCRYPT_OP, request)
-
-
-def init_tdx(vm: Vm) -> None:
-    """KVM_TDX_INIT_VM with the fewest features: x87 and SSE, 48-bit guest addresses, no attributes."""
-    capabilities = ffi.new("char[]", TDX_CAPABILITIES_SIZE + 8 + 40 * TDX_MAX_CPUID)
-    struct.pack_into("<I", ffi.buffer(capabilities), TDX_CAPABILITIES_SIZE, TDX_MAX_CPUID)
-    assert tdx_command(vm, lib.KVM_TDX_CAPABILITIES, capabilities) == OK
-    (xfam,) = struct.unpack_from("<Q", ffi.buffer(capabilities), TDX_SUPPORTED_AT)
-    # struct kvm_tdx_init_vm: 256 bytes, then a struct kvm_cpuid2 of one entry.
-    fields = struct.pack("<QQ240x", 0, xfam & XFAM_X87_SSE)
-    cpuid = struct.pack("<II", 1, 0) + struct.pack("<10I", CPUID_WIDTHS, 0, 0, 48 << 16, 0, 0, 0, 0, 0, 0)
-    assert tdx_command(vm, lib.KVM_TDX_INIT_VM, ffi.new("char[]", fields + cpuid)) == OK
+    with (
+        sev_device() as device,
+        kvm.create_vm(VmType.SNP) as vm,
+        vm.create_guest_memfd(SIZE, GmemFlag.MMAP) as gmem,
+    ):
+        assert sev_init(vm, device) == OK
+        vm.bind(gmem, gpa=GPA)
+        vm.set_private(GPA, SIZE)
+        with vm.create_vcpu() as vcpu:
+            assert vcpu.raw.pre_fault(GPA, PAGE_SIZE) == (Errno.ENOTSUP, GPA, PAGE_SIZE)
+            assert snp_launch_start(vm, device) == OK
+            assert vcpu.raw.pre_fault(GPA, PAGE_SIZE) == (Errno.ENOTSUP, GPA, PAGE_SIZE)
+            assert gmem.allocated_pages() == 0
+            assert snp_launch_finish(vm, device) == OK
+            assert vcpu.raw.pre_fault(GPA, PAGE_SIZE) == (OK, GPA + PAGE_SIZE, 0)
+            assert gmem.allocated_pages() == 1
 
 
 @contract("GM-PF-006")
@@ -242,17 +183,15 @@ def init_tdx(vm: Vm) -> None:
 def test_a_tdx_vm_prefaults_once_it_is_finalised(kvm: Kvm) -> None:
     """A TDX VM cannot prefault before KVM_TDX_FINALIZE_VM (EOPNOTSUPP), and can from then on."""
     with kvm.create_vm(VmType.TDX) as vm, vm.create_guest_memfd(SIZE) as gmem:
-        vm.enable_cap(KVM_CAP_SPLIT_IRQCHIP, 24)
-        init_tdx(vm)
+        assert tdx_init(vm) == OK
         vm.bind(gmem, gpa=GPA)
         vm.set_private(GPA, SIZE)
         with vm.create_vcpu() as vcpu:
             assert vcpu.raw.pre_fault(GPA, PAGE_SIZE) == (Errno.ENOTSUP, GPA, PAGE_SIZE)
-            command = ffi.new("struct kvm_tdx_cmd *", {"id": lib.KVM_TDX_INIT_VCPU})
-            assert vcpu.raw.ioctl_struct(lib.KVM_MEMORY_ENCRYPT_OP, command) == OK
+            assert tdx_command(vcpu, lib.KVM_TDX_INIT_VCPU) == OK
             assert vcpu.raw.pre_fault(GPA, PAGE_SIZE) == (Errno.ENOTSUP, GPA, PAGE_SIZE)
             assert gmem.allocated_pages() == 0
-            assert vm.raw.ioctl_struct(lib.KVM_MEMORY_ENCRYPT_OP, ffi.new("struct kvm_tdx_cmd *", {"id": 4})) == OK
+            assert tdx_command(vm, lib.KVM_TDX_FINALIZE_VM) == OK
             assert vcpu.raw.pre_fault(GPA, PAGE_SIZE) == (OK, GPA + PAGE_SIZE, 0)
             assert gmem.allocated_pages() == 1
 

@@ -21,7 +21,7 @@ from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.memory import Mapping
 from kvmgmem.numa import Mode, Policy
 from kvmgmem.processes import Channel, ChildProcess
-from kvmgmem.testing import contract, disruptive, gmem_kinds, known_bug, requires, vm_types
+from kvmgmem.testing import contract, disruptive, gmem_kinds, known_bug, requires, vm_types, would_show
 from kvmgmem.testing.dead_slots import is_dead
 from kvmgmem.testing.fixtures import GPA, SIZE, Running
 from kvmgmem.testing.storm import Action, Dirt, Resident, Storm, patrol
@@ -158,6 +158,7 @@ def test_no_page_is_lost_between_allocation_punch_and_fault(running: Running, st
 @contract("GM-RACE-009")
 @disruptive()
 @guest_reaches
+@would_show("B8")
 def test_a_bind_and_a_punch_elsewhere_leave_no_stale_page(running: Running, storm: Storm, dirt: Dirt) -> None:
     """Once a bind and another process's punch have both returned, no guest sees the punched pages, whoever was reading."""
     vm, gmem, cpu = running.vm, running.gmem, running.cpu

@@ -13,7 +13,7 @@ from kvmgmem.errors import Answer, Errno
 from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.kvm import Kvm
 from kvmgmem.memory import MemoryRegion
-from kvmgmem.testing import contract, disruptive, gmem_kinds, requires
+from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, would_show
 from kvmgmem.testing.dead_slots import assert_dead, is_dead
 from kvmgmem.testing.descriptor_limit import no_descriptors
 from kvmgmem.testing.fixtures import GPA, SIZE
@@ -61,6 +61,7 @@ def test_a_guest_beside_the_last_close_reads_data_or_leaves(vm: Vm, cpu: GuestCp
 @contract("GM-RACE-006")
 @disruptive()
 @guest_reaches
+@would_show("B2")
 def test_a_delete_beside_the_last_close_leaves_slot_and_range_free(
     vm: Vm, cpu: GuestCpu, gmem_kind: int, storm: Storm
 ) -> None:

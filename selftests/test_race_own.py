@@ -20,7 +20,7 @@ from kvmgmem.kvm import Kvm
 from kvmgmem.memory import Mapping, MemoryRegion
 from kvmgmem.processes import Channel, ChildProcess
 from kvmgmem.syscalls import NUMBER
-from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, wait_until
+from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, wait_until, would_show
 from kvmgmem.testing.dead_slots import is_dead
 from kvmgmem.testing.fixtures import GPA, SIZE, Running
 from kvmgmem.testing.storm import Dirt, Resident, Storm, patrol
@@ -135,6 +135,7 @@ def lives_or_left(doomed: Doomed, guest: Resident) -> bool:
 @disruptive()
 @requires("debugfs", "x86")
 @gmem_kinds("gM")
+@would_show("B2")
 def test_a_running_vm_ends_in_any_order(kvm: Kvm, vm: Vm, gmem_kind: int, storm: Storm) -> None:
     """In whatever order gmem, slot, vCPU and VM go under a running guest, it sees its data or leaves, and the VM ends."""
     orders = list(itertools.permutations(range(4)))

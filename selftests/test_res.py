@@ -5,6 +5,7 @@ import resource
 import signal
 import struct
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -408,35 +409,41 @@ def frames(mapping: Mapping) -> list[int]:
     return [word & ((1 << 55) - 1) if word >> 63 else 0 for word in words]
 
 
-PLAIN_PAGES_EACH = 8
+SPREADS = [MiB << shift for shift in range(8)]
+"""Anonymous memory to be compacted, more from time to time: whether compaction finds holes depends on where memory lies."""
+HOLE_PAGES = 7
 
 
 @contract("GM-RES-013")
 @requires("root", "config:COMPACTION")
+@disruptive()
 @vm_types("default")
 @gmem_kinds("gMS")
 def test_compaction_moves_no_pages(gmem: GuestMemfd) -> None:
     """Compaction leaves gmem pages where they are, while it moves anonymous memory that lies between them."""
-    with gmem.map() as ours, Mapping.anonymous(PLAIN_PAGES_EACH * gmem.size) as plain:
-        interleave(ours, plain)
-        before, plain_before = frames(ours), frames(plain)
+    with ExitStack() as kept, gmem.map() as ours:
+        for page in range(gmem.pages):
+            ours.store(STAMP + page, page * PAGE_SIZE)
+            neighbours(kept, HOLE_PAGES * PAGE_SIZE)
+        before = frames(ours)
         assert all(before)
-        Path("/proc/sys/vm/compact_memory").write_text("1")
-        assert frames(ours) == before
+        for spread in SPREADS:
+            plain = neighbours(kept, spread)
+            for at in range(0, spread, (HOLE_PAGES + 1) * PAGE_SIZE):
+                plain.advise(Advice.DONTNEED, at, HOLE_PAGES * PAGE_SIZE)
+            plain_before = frames(plain)
+            Path("/proc/sys/vm/compact_memory").write_text("1")
+            assert frames(ours) == before
+            if frames(plain) != plain_before:
+                break
+        else:
+            pytest.fail("compaction moved no anonymous memory either, so that gmem stayed shows nothing")
         assert all(ours.load(page * PAGE_SIZE) == STAMP + page for page in range(gmem.pages))
-        if frames(plain) == plain_before:
-            # It fills holes in blocks that are partly in use only (mm/compaction.c: suitable_migration_target).
-            pytest.skip("compaction found no holes to move even anonymous memory to, so that gmem stayed shows nothing")
 
 
-def interleave(ours: Mapping, plain: Mapping) -> None:
-    """Stamp the pages of `ours`, each with some of `plain` around it, and then free every second one of those."""
-    plain.advise(Advice.NOHUGEPAGE)
-    pages = plain.length // PAGE_SIZE
-    for page in range(pages):
-        plain.store(STAMP, page * PAGE_SIZE)
-        if page % PLAIN_PAGES_EACH == 0:
-            at = page // PLAIN_PAGES_EACH
-            ours.store(STAMP + at, at * PAGE_SIZE)
-    for page in range(0, pages, 2):
-        plain.advise(Advice.DONTNEED, page * PAGE_SIZE, PAGE_SIZE)
+def neighbours(kept: ExitStack, size: int) -> Mapping:
+    """Anonymous memory in small pages, all of them there."""
+    mapping = kept.enter_context(Mapping.anonymous(size))
+    mapping.advise(Advice.NOHUGEPAGE)
+    mapping.advise(Advice.POPULATE_WRITE)
+    return mapping

@@ -344,8 +344,10 @@ def test_as_many_slots_as_ids(vm: Vm, memory: Mapping, request: pytest.FixtureRe
     """Exactly 32764 slots can exist in a VM at a time."""
     if os.environ.get("KVMGMEM_ACCELERATOR") == "tcg" and request.config.getoption("--effort") < 2:
         pytest.skip("making 32764 slots takes half a minute under emulation: give --effort 2")
+    page = region2(MemoryRegion(size=PAGE_SIZE, hva=memory.address))
     for slot in range(SLOT_IDS):
-        vm.set_region(MemoryRegion(slot=slot, gpa=GPA + slot * PAGE_SIZE, size=PAGE_SIZE, hva=memory.address))
+        page.slot, page.guest_phys_addr = slot, GPA + slot * PAGE_SIZE
+        assert vm.raw.ioctl_struct(lib.KVM_SET_USER_MEMORY_REGION2, page) == OK
     assert vm.raw.set_region(MemoryRegion(slot=SLOT_IDS, gpa=0, size=PAGE_SIZE, hva=memory.address)) == Errno.EINVAL
     assert vm.raw.set_region(MemoryRegion(slot=SLOT_IDS - 1, gpa=0, size=PAGE_SIZE, hva=memory.address)) == OK
     vm.delete_region(0)
@@ -641,7 +643,7 @@ def test_running_vcpu_sees_a_slot_go_and_come(
     memory.store(NEW, PAGE_SIZE)
     stale = False
     with zap_all_quirk(vm, quirk):
-        for _ in range(round(10 * request.config.getoption("--effort"))):
+        for _ in range(max(2, round(5 * request.config.getoption("--effort")))):
             vm.set_region(plain)
             cpu.start("await", rdi=GPA, rsi=OLD)
             with Watcher(cpu) as watcher:
@@ -690,7 +692,7 @@ def test_running_vcpu_never_sees_garbage(
             # busy machine all rounds can be over before its thread is scheduled once.
             watcher.wait_for_mmio()
             vm.set_region(plain)
-            for index in range(round(24 * request.config.getoption("--effort"))):
+            for index in range(max(2, round(12 * request.config.getoption("--effort")))):
                 if change == "move":
                     vm.set_region(plain.but(gpa=GPA if index % 2 else ELSEWHERE))
                 else:

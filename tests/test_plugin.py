@@ -2,12 +2,17 @@
 
 import json
 import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvmgmem.exit_codes import ExitCode
+from kvmgmem.kvm import Kvm
+from kvmgmem.processes import Channel, ChildProcess
+from kvmgmem.testing.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm on this machine")
 
@@ -321,3 +326,128 @@ def test_nothing_of_the_host_stays_changed(pytester: pytest.Pytester) -> None:
     outcome = run(pytester, "def test_it(kvm): assert os.path.isdir('/sys/kernel/debug/kvm') or os.geteuid()")
     assert outcome.verdicts() == {"test_it": "passed"}
     assert Path("/proc/self/mounts").read_text() == before
+
+
+def order_of(outcome: Outcome) -> list[str]:
+    """The tests of a run in the order in which they began."""
+    return [record["test"].partition("::")[2] for record in outcome.of("test-start")]
+
+
+def test_shuffling_depends_on_the_seed_alone(pytester: pytest.Pytester) -> None:
+    """The same seed gives the same order, to a part of the tests as to all; another gives another; records name the seed."""
+    body = "".join(f"\ndef test_{letter}(kvm):\n    pass\n" for letter in "abcdefgh")
+    plain = run(pytester, body)
+    plain_order = order_of(plain)
+    (pytester.path / "results.jsonl").unlink()
+    first = run(pytester, body, "--shuffle=1")
+    (pytester.path / "results.jsonl").unlink()
+    part = run(pytester, body, "--shuffle=1", "-k", "test_a or test_b or test_c or test_d")
+    (pytester.path / "results.jsonl").unlink()
+    other = run(pytester, body, "--shuffle=2")
+    assert plain_order == sorted(order_of(first)) == sorted(order_of(other))
+    assert len({tuple(order) for order in (plain_order, order_of(first), order_of(other))}) == 3
+    assert order_of(part) == [name for name in order_of(first) if name in {"test_a", "test_b", "test_c", "test_d"}]
+    seeds = [outcome.of("run-start")[0]["circumstances"]["seed"] for outcome in (plain, first, other)]
+    assert seeds == [None, 1, 2]
+
+
+def test_what_a_test_records_is_in_its_end(pytester: pytest.Pytester) -> None:
+    """What a test says of itself with record_property is kept, of one that is skipped too."""
+    outcome = run(
+        pytester,
+        """
+def test_it(kvm, record_property):
+    record_property("rate", 3)
+def test_skipped(kvm, record_property):
+    record_property("rate", "unknown")
+    pytest.skip("for a reason")
+""",
+    )
+    assert {name: end["properties"] for name, end in outcome.ends.items()} == {
+        "test_it": {"rate": "3"},
+        "test_skipped": {"rate": "unknown"},
+    }
+
+
+def everybody_has_python() -> bool:
+    """Whether an ordinary user can read the interpreter's own files."""
+    home = Path(sys.base_prefix)
+    return all(place.stat().st_mode & 0o001 for place in (home, *home.parents))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes an ordinary user, which root can")
+@pytest.mark.skipif(not everybody_has_python(), reason="this Python lies where an ordinary user may not look")
+def test_an_ordinary_user_is_told_what_only_root_can_see(pytester: pytest.Pytester) -> None:
+    """Without root, what needs it is skipped and counted under what was left out, by reason; the rest runs."""
+    body = """
+@requires("root")
+def test_marked(kvm):
+    pass
+def test_within(kvm):
+    need("root")
+def test_rest(kvm):
+    assert os.geteuid() == 65534
+"""
+    # A device node of its own, which the user may open, in a mount namespace of the run's own.
+    pytester.makeconftest("""
+import ctypes, os, pathlib, stat, subprocess
+import pytest
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session):
+    here = session.config.getoption("--results").rpartition("/")[0]
+    if ctypes.CDLL(None).unshare(0x20000):
+        pytest.exit("no mount namespace to be had", 77)
+    os.mknod(here + "/kvm", 0o600 | stat.S_IFCHR, os.stat("/dev/kvm").st_rdev)
+    for path in (here, here + "/kvm"):
+        os.chown(path, 65534, 65534)
+    for parent in pathlib.Path(here).parents:
+        parent.chmod(parent.stat().st_mode | 0o001)
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "--bind", here + "/kvm", "/dev/kvm"], check=True)
+    os.setgroups([])
+    os.setegid(65534)
+    os.seteuid(65534)
+""")
+    outcome = run(pytester, body)
+    if outcome.status == 77:
+        pytest.skip("unshare(CLONE_NEWNS) is refused here")
+    assert outcome.verdicts() == {"test_marked": "skipped", "test_within": "skipped", "test_rest": "passed"}, outcome.text
+    assert "tests (2): needs root (CAP_SYS_ADMIN)" in outcome.of("run-end")[0]["left_out"]
+
+
+def test_vms_of_others_are_none_of_our_business(pytester: pytest.Pytester) -> None:
+    """A VM that a process outside the run made, and that outlives it, is charged to no test."""
+    began, go_on = pytester.path / "began", pytester.path / "go-on"
+    held: list[int] = []
+
+    def stranger() -> None:
+        wait_until(began.exists, "the test has begun", 60)
+        with ChildProcess(make_a_gmem) as process:
+            held.extend(process.channel.receive_with_fds()[1])
+        go_on.touch()
+
+    thread = threading.Thread(target=stranger)
+    thread.start()
+    try:
+        outcome = run(
+            pytester,
+            f"""
+from pathlib import Path
+def test_it(kvm):
+    Path({str(began)!r}).touch()
+    while not Path({str(go_on)!r}).exists():
+        time.sleep(0.01)
+""",
+        )
+    finally:
+        thread.join()
+        for number in held:
+            os.close(number)
+    assert held
+    assert outcome.verdicts() == {"test_it": "passed"}, outcome.text
+
+
+def make_a_gmem(channel: Channel) -> None:
+    """Make a VM and give its gmem away, which keeps it alive."""
+    with Kvm.open() as kvm, kvm.create_vm() as vm, vm.create_guest_memfd(4096) as gmem:
+        channel.send(fds=[gmem.fileno()])

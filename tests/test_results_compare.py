@@ -72,6 +72,25 @@ def test_a_test_that_a_column_lacks_is_a_blank() -> None:
     assert re.search(r"^    \.  t::b$", text, re.MULTILINE), text
 
 
+def test_another_suites_run_says_nothing_by_not_having_a_test() -> None:
+    """The selftests beside the kernel's own: no row differs, unless two columns of one suite disagree about it."""
+    ours = a_run("7.3", {"selftests/test_a.py::test_a": Verdict.PASSED})
+    theirs = a_run("7.3", {"kselftest::a": Verdict.PASSED, "kselftest::b": Verdict.PASSED})
+    assert not compare([ours, theirs]).differing
+    assert "3 of 3 tests agree in all columns of their suite." in text_of(ours, theirs)
+    fewer = a_run("7.2", {"kselftest::a": Verdict.FAILED})
+    assert [row.test for row in compare([ours, theirs, fewer]).differing] == ["kselftest::a", "kselftest::b"]
+    # What belongs to no test, and a run that came to none, count everywhere.
+    shaken = a_run("7.3", {"kselftest::a": Verdict.PASSED, "kernel::between-tests#1": Verdict.SPLAT})
+    assert [row.test for row in compare([ours, shaken]).differing] == ["kernel::between-tests#1"]
+    assert len(compare([ours, a_run("7.3", {})]).differing) == 1
+    out = io.StringIO()
+    write_html_comparison(compare([ours, theirs, fewer]), out)
+    tests = data_of(out.getvalue())["tests"]
+    assert isinstance(tests, list)
+    assert [test["differs"] for test in tests] == [False, True, True]
+
+
 def test_equal_labels_are_told_apart_and_variants_are_part_of_them() -> None:
     """Two runs of one kernel are #1 and #2; a variant's name is in the label."""
     runs = [a_run("7.3", {}), a_run("7.3", {}), a_run("7.3", {}, variant="npt0")]

@@ -133,6 +133,12 @@ def running(bound: Bound, machine: "GuestMachine", cpu: "GuestCpu") -> Running:
     return Running(bound.vm, bound.gmem, bound.region, machine, cpu)
 
 
+@pytest.fixture
+def effort(request: pytest.FixtureRequest) -> float:
+    """The factor on the volume of long tests (--effort)."""
+    return float(request.config.getoption("--effort"))
+
+
 def parametrize(metafunc: pytest.Metafunc) -> None:
     """Give `vm_type` and `gmem_kind` their values for one test function."""
     names = metafunc.fixturenames

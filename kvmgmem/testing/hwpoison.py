@@ -31,5 +31,5 @@ def run_guarded(vcpu: Vcpu) -> tuple[Answer, Fault | None]:
 
 def _guarded(call: str, *arguments: int) -> tuple[Answer, Fault | None]:
     raw = ffi.new("struct kvmgmem_fault *")
-    answer = entry.answer_of(lib.kvmgmem_guarded_syscall(NUMBER[call], *arguments, 0, 0, 0, raw))
+    answer = entry.answer_of(entry.native.kvmgmem_guarded_syscall(NUMBER[call], *arguments, 0, 0, 0, raw))
     return answer, Fault(signal.Signals(raw.signo), raw.code, raw.address) if raw.signo else None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from kvmgmem import entry
 from kvmgmem.catalogue import known_bugs as catalogue
 
 
@@ -34,6 +35,8 @@ class KnownBugCheck:
 
     def expect(self, actual: object, wanted: object, *, shows: object) -> None:
         """Want `wanted`; `shows` is the bug; anything else raises AssertionError."""
+        if entry.watcher is not None:
+            entry.watcher.expect(actual, wanted, shows=shows, bug=self.bug.id)
         if self.shows_if(actual == shows):
             return
         if actual != wanted:

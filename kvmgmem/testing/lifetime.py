@@ -27,8 +27,9 @@ class WatchError(Exception):
 
 @dataclass
 class _Census:
-    """The living VMs of this run: `pid-fd` as in STATS_PATH, or the PID alone without debugfs, to how many."""
+    """The living VMs of this run, by creator's PID: those that its process `runner` or a descendant made; 0 counts all."""
 
+    runner: int = 0
     alive: dict[str, int] = field(default_factory=dict)
     count: int = 0
 
@@ -36,9 +37,23 @@ class _Census:
         self.count = int(event.get("COUNT", 0))
         pid = event.get("PID", "")
         change = {"create": 1, "destroy": -1}.get(event.get("EVENT", ""), 0)
+        if change > 0 and self.runner and not descends(int(pid or 0), self.runner):
+            return
         self.alive[pid] = self.alive.get(pid, 0) + change
         if self.alive[pid] <= 0:
             del self.alive[pid]
+
+
+def descends(pid: int, ancestor: int) -> bool:
+    """Whether a process is `ancestor` or comes from it; also true of one that is gone, about which nobody can tell."""
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+        except OSError:
+            return True
+    return False
 
 
 class LifetimeWatch:
@@ -115,7 +130,8 @@ def _watch(questions: int, answers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's business; it ends us by closing the pipe
     from pyroute2.netlink.uevent import UeventSocket
 
-    census = _Census()
+    # Other VMs may come and go on a host, and outlive their processes as ours must not. A guest has none but ours.
+    census = _Census(0 if os.environ.get("KVMGMEM_WHERE") == "guest" else os.getppid())
     uevents = UeventSocket()
     uevents.bind(groups=1)  # the kernel's own events, not udev's copies
     fd = uevents.fileno()

@@ -4,6 +4,7 @@ import pytest
 
 from kvmgmem.abi import Cap
 from kvmgmem.catalogue import contract as catalogue
+from kvmgmem.catalogue import known_bugs
 from kvmgmem.testing import requirements
 
 
@@ -45,6 +46,15 @@ def gmem_kinds(*names: str) -> pytest.MarkDecorator:
 def disruptive() -> pytest.MarkDecorator:
     """The test can take down a kernel with known bugs, poison memory or exhaust it: guests run it, a host when asked."""
     return pytest.mark.disruptive
+
+
+def would_show(*bug_ids: str) -> pytest.MarkDecorator:
+    """The known bugs that would make the kernel complain, hang or die under the test.
+
+    What a test recognises by an answer it notes with `known_bug`. A bug that has a `report` is recognised by this mark in
+    the kernel's log, and is then a known bug and no splat. Raises `HarnessError` for a bug that the catalogue does not have.
+    """
+    return pytest.mark.would_show(*(known_bugs.get(bug_id).id for bug_id in bug_ids))
 
 
 def test_timeout(seconds: float) -> pytest.MarkDecorator:

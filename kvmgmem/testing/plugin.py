@@ -4,11 +4,13 @@ Registered as an entry point, and inert for tests that use none of it: a test is
 carries one of our markers.
 """
 
+import hashlib
 import os
 import sys
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,6 +21,7 @@ from kvmgmem.testing import fixtures, requirements
 from kvmgmem.testing.fixtures import (
     bound,
     cpu,
+    effort,
     gmem,
     gmem_kind,
     host,
@@ -33,13 +36,17 @@ from kvmgmem.testing.requirements import Missing
 from kvmgmem.testing.session import DEFAULT_TIMEOUT, Session, Settings
 from kvmgmem.testing.waiting import TIME_SCALE
 
-__all__ = ["bound", "cpu", "gmem", "gmem_kind", "host", "kvm", "machine", "running", "vm", "vm_type"]
+if TYPE_CHECKING:
+    from kvmgmem.trace.pytest_plugin import TracePlugin  # noqa: F401 - ruff overlooks the quoted subscript
+
+__all__ = ["bound", "cpu", "effort", "gmem", "gmem_kind", "host", "kvm", "machine", "running", "vm", "vm_type"]
 
 OUR_FIXTURES = frozenset(__all__)
 OUR_MARKERS = ("contract", "requires", "disruptive")
 SESSION = pytest.StashKey[Session]()
 RESULTS = pytest.StashKey[Path]()
 WATCH = pytest.StashKey[LifetimeWatch | None]()
+TRACER = pytest.StashKey["TracePlugin"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,6 +68,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"what one test may take, scaled under emulation (default {DEFAULT_TIMEOUT:g})",
     )
     group.addoption("--no-isolation", action="store_true", help="run tests in pytest's own process, for a debugger")
+    group.addoption("--trace-to", metavar="DIR", help="record every call of each selftest in a file of its own there")
+    group.addoption("--shuffle", metavar="SEED", type=int, help="run the tests in an order that depends on this number")
     group.addoption("--effort", metavar="X", type=float, default=1.0, help="scale the volume of long tests (default 1)")
 
 
@@ -71,6 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "requires(*names): what the test needs of the kernel under test",
         "vm_types(*labels): the VM types it runs on",
         "gmem_kinds(*names): the gmem kinds it runs on",
+        "would_show(*bugs): known bugs that would make the kernel complain, hang or die under the test",
         "disruptive: it can take a kernel with known bugs down; a host runs it only with --disruptive",
         "test_timeout(seconds): its own budget",
     ):
@@ -78,6 +88,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--results") and not config.option.collectonly:
         # At work while the tests are being collected: it takes a second to get ready under emulation.
         config.stash[WATCH] = LifetimeWatch()
+    if config.getoption("--trace-to"):
+        from kvmgmem.trace.pytest_plugin import TracePlugin
+
+        config.stash[TRACER] = TracePlugin(config.getoption("--trace-to"), is_ours)
+        config.pluginmanager.register(config.stash[TRACER])
     for name in _required(config):
         try:
             requirements.lookup(name)
@@ -122,8 +137,13 @@ def _takes_our_fixture(item: pytest.Item) -> bool:
     return any(definition.func.__module__ == fixtures.__name__ for name in wanted for definition in found[name][-1:])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """An empty parameter list would be a silent skip: it is a failure."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """An empty parameter list would be a silent skip: it is a failure. The order is that of the files, or shuffled."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        # By each test's own name: the order of some is the same whichever others run, in this guest or the next.
+        items.sort(key=lambda item: hashlib.sha256(f"{seed}:{item.nodeid}".encode()).digest())
     for item in items:
         for mark in item.iter_markers("skip"):
             if str(mark.kwargs.get("reason", "")).startswith("got empty parameter set"):
@@ -147,6 +167,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config.stash[SESSION] = run
     config.stash[RESULTS] = run.settings.results
     run.begin(ours)
+    tracer = config.stash.get(TRACER, None)
+    if tracer is not None:
+        tracer.stream, tracer.circumstances = run.stream, run.circumstances()
+        run.trace_of = tracer.path_of
 
 
 def _settings(config: pytest.Config) -> Settings:
@@ -159,6 +183,7 @@ def _settings(config: pytest.Config) -> Settings:
         required=_required(config),
         disruptive=config.getoption("--disruptive"),
         timeout=config.getoption("--test-timeout"),
+        seed=config.getoption("--shuffle"),
     )
 
 
@@ -187,7 +212,9 @@ def _run_or_skip(run: Session, item: pytest.Item) -> tuple[list[pytest.TestRepor
 
 
 def _requirements_of(item: pytest.Item) -> list[str]:
-    return list(dict.fromkeys(["guest-memfd", *(name for mark in item.iter_markers("requires") for name in mark.args)]))
+    # A program among the tests (the kernel's own selftests) says itself what it needs.
+    always = ["guest-memfd"] if isinstance(item, pytest.Function) else []
+    return list(dict.fromkeys([*always, *(name for mark in item.iter_markers("requires") for name in mark.args)]))
 
 
 @pytest.hookimpl(tryfirst=True)

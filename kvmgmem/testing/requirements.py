@@ -10,6 +10,7 @@ from pathlib import Path
 from _pytest.outcomes import Skipped
 
 from kvmgmem import host as host_facts
+from kvmgmem import roadmap
 from kvmgmem.abi import Cap, VmType
 from kvmgmem.entry import syscall
 from kvmgmem.errors import Errno, HarnessError
@@ -27,6 +28,8 @@ class Requirement:
     name: str
     met: Callable[[Host], bool]
     missing: str
+    for_root: bool = False
+    """Whether root alone can meet it, so that an ordinary user's run is told what it left out."""
 
 
 def _offers(vm_type: VmType) -> Callable[[Host], bool]:
@@ -148,6 +151,16 @@ _ALL = [
         "this KVM has memory attributes, the row is about kernels without",
     ),
     Requirement("prefault", _vm_cap(Cap.PRE_FAULT_MEMORY), "this KVM cannot prefault (KVM_CAP_PRE_FAULT_MEMORY is 0)"),
+    Requirement(
+        "in-place-conversion",
+        lambda _: roadmap.has("in-place-conversion"),
+        "a gmem file does not convert its memory on this kernel (KVM_SET_MEMORY_ATTRIBUTES2 is not an ioctl of it)",
+    ),
+    Requirement(
+        "second-file",
+        lambda _: roadmap.has("second-file"),
+        "this kernel makes no second file of a gmem's inode (KVM_LINK_GUEST_MEMFD is not an ioctl of VMs)",
+    ),
     Requirement("dirty-ring", _cap(Cap.DIRTY_LOG_RING), "this KVM has no dirty ring (KVM_CAP_DIRTY_LOG_RING is 0)"),
     Requirement("x86", lambda host: host.machine == "x86_64", "the row is about x86-64"),
     Requirement("amd", lambda host: host.backend == "kvm_amd", "the row is about kvm_amd"),
@@ -184,11 +197,12 @@ _ALL = [
         ),
         "needs nested SVM, whose state the test builds (kvm_amd with kvm_amd.nested=1)",
     ),
-    Requirement("root", lambda host: host.root, "needs root (CAP_SYS_ADMIN)"),
+    Requirement("root", lambda host: host.root, "needs root (CAP_SYS_ADMIN)", for_root=True),
     Requirement(
         "debugfs",
         lambda _: (host_facts.DEBUGFS / "kvm").is_dir() and os.access(host_facts.DEBUGFS / "kvm", os.R_OK),
         "debugfs is not mounted or not readable (it needs root and CONFIG_DEBUG_FS)",
+        for_root=True,
     ),
     Requirement("two-nodes", lambda host: host.nodes > 1, "needs two NUMA nodes with memory"),
     Requirement(
@@ -207,7 +221,10 @@ _ALL = [
         "this kernel can poison memory, the row is about kernels that cannot",
     ),
     Requirement(
-        "memcg", _cgroup, "no memory cgroup can be made here (it needs root, CONFIG_MEMCG, and the hierarchy mounted)"
+        "memcg",
+        _cgroup,
+        "no memory cgroup can be made here (it needs root, CONFIG_MEMCG, and the hierarchy mounted)",
+        for_root=True,
     ),
     Requirement(
         "gmem-inode-cache",
@@ -218,6 +235,19 @@ _ALL = [
         "fault-injection",
         lambda _: Path("/proc/self/fail-nth").exists(),
         "this kernel cannot inject failures (/proc/self/fail-nth: CONFIG_FAULT_INJECTION)",
+    ),
+    Requirement(
+        "failing-allocations",
+        lambda host: (
+            Path("/proc/self/fail-nth").exists()
+            and all((host_facts.DEBUGFS / injector).is_dir() for injector in ("failslab", "fail_page_alloc"))
+        ),
+        "this kernel cannot let allocations fail (CONFIG_FAULT_INJECTION_DEBUG_FS, CONFIG_FAILSLAB, CONFIG_FAIL_PAGE_ALLOC)",
+    ),
+    Requirement(
+        "kmemleak",
+        lambda _: (host_facts.DEBUGFS / "kmemleak").exists(),
+        "this kernel does not look for leaks (debugfs has no kmemleak: CONFIG_DEBUG_KMEMLEAK)",
     ),
     Requirement(
         "selinux-enforcing",
@@ -240,6 +270,7 @@ _ALL = [
         "trace-events",
         lambda host: host.root and "tracefs" in _text("/proc/filesystems").split(),
         "needs root and trace events (CONFIG_FTRACE and CONFIG_ENABLE_DEFAULT_TRACERS or another tracer)",
+        for_root=True,
     ),
     Requirement(
         "text-patching",
@@ -247,6 +278,13 @@ _ALL = [
         # that covers the change (arch/x86/kernel/alternative.c, smp_text_poke_batch_finish).
         lambda host: os.environ.get("KVMGMEM_ACCELERATOR") != "tcg" or host.cpu_count == 1,
         "QEMU's TCG breaks kernels that patch their own code while other CPUs run it; give the guest one CPU (--smp 1)",
+    ),
+    Requirement(
+        "unpaged-guests",
+        # Seen with QEMU 7.2 and Linux 7.3.4: KVM's guest starts in 32-bit code without paging, and the CPU that runs it
+        # answers to nothing any more, not even to NMIs.
+        lambda host: os.environ.get("KVMGMEM_ACCELERATOR") != "tcg",
+        "under QEMU's TCG a guest that starts in 32-bit code without paging takes its CPU along",
     ),
     Requirement(
         "direct-io",

@@ -8,9 +8,10 @@ import shlex
 import signal
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import pytest
@@ -34,10 +35,15 @@ from kvmgmem.testing import debugfs
 from kvmgmem.testing.isolation import ChildOutcome, adopt_orphans, keep, run_isolated
 from kvmgmem.testing.kernel_log import KernelLog
 from kvmgmem.testing.lifetime import GONE_LIMIT, LifetimeWatch, WatchError, debugfs_vms
-from kvmgmem.testing.requirements import Requirement
+from kvmgmem.testing.requirements import REQUIREMENTS, Requirement
 from kvmgmem.testing.waiting import TIME_SCALE
+from kvmgmem.trace.offer import offer
 
 DEFAULT_TIMEOUT = 30.0
+
+if TYPE_CHECKING:
+    from kvmgmem.catalogue.known_bugs import KnownBug
+
 Longrepr = str | tuple[str, int, str]
 
 
@@ -50,6 +56,8 @@ class Settings:
     disruptive: bool = False
     timeout: float = DEFAULT_TIMEOUT
     isolate: bool = True
+    seed: int | None = None
+    """What the order of the tests was shuffled by."""
 
 
 @dataclass
@@ -62,6 +70,7 @@ class Judged:
     bugs_shown: tuple[str, ...] = ()
     bugs_absent: tuple[str, ...] = ()
     kernel_log: list[str] = field(default_factory=list)
+    properties: dict[str, str] = field(default_factory=dict)
 
 
 class Session:
@@ -72,6 +81,7 @@ class Session:
         self.stream = ResultStream(settings.results)
         self.left_out: list[str] = []
         self.counts: dict[str, int] = {}
+        self._skips: dict[str, int] = {}
         self.where = os.environ.get("KVMGMEM_WHERE", "host")
         adopt_orphans()
         self._no_debugfs = debugfs.mount_privately()
@@ -79,6 +89,8 @@ class Session:
         self.watch = watch
         keep(watch.pid)
         self._still_alive: set[int] = set()
+        self.trace_of: Callable[[str], Path | None] = lambda test: None
+        """Where a test is recorded, if it is."""
 
     def write(self, record: Record) -> None:
         """Append a record to the results."""
@@ -86,8 +98,9 @@ class Session:
 
     def begin(self, items: list[pytest.Item]) -> None:
         """Write the circumstances and the plan, and say what cannot be watched."""
-        self.write(RunStart(uuid.uuid4().hex, time.time(), self._circumstances()))
+        self.write(RunStart(uuid.uuid4().hex, time.time(), self.circumstances()))
         self.write(Plan(tuple(item.nodeid for item in items)))
+        _warm_up()
         # Every test is forked from here: what the collector never looks at again is never copied by a child's collection.
         gc.collect()
         gc.freeze()
@@ -103,7 +116,8 @@ class Session:
         self.left_out.append(what)
         self.write(Note(time.time(), f"left out: {what}"))
 
-    def _circumstances(self) -> Circumstances:
+    def circumstances(self) -> Circumstances:
+        """What the run runs on."""
         host = host_facts.probe()
         return Circumstances(
             release=host.release,
@@ -118,6 +132,7 @@ class Session:
             pytest=pytest.__version__,
             config_hash=host.config_hash,
             flavour=os.environ.get("KVMGMEM_FLAVOUR"),
+            seed=self.settings.seed,
             extra={**_variant(), "caps": host.caps, "nodes": host.nodes, "parameters": host.parameters, "root": host.root},
         )
 
@@ -127,7 +142,7 @@ class Session:
         self._await_watch()
         start = time.perf_counter()
         outcome = run_isolated(item, limit)
-        judged = self._judge(outcome, limit)
+        judged = self._judge(outcome, limit, reported_bugs_of(item))
         duration = time.perf_counter() - start
         self._write_end(item, judged, duration, duration - outcome.inner_seconds)
         return _reports_for(item, outcome, judged, duration), judged
@@ -155,6 +170,12 @@ class Session:
 
     def _write_end(self, item: pytest.Item, judged: Judged, duration: float, overhead: float) -> None:
         self.counts[judged.verdict] = self.counts.get(judged.verdict, 0) + 1
+        if judged.verdict is Verdict.SKIPPED:
+            self._skips[judged.reason] = self._skips.get(judged.reason, 0) + 1
+        faulty = judged.verdict.severity >= Verdict.FAILED.severity and judged.verdict is not Verdict.ERROR
+        # What is no Python makes its calls where nothing of ours can record them.
+        if faulty and isinstance(item, pytest.Function):
+            judged.detail = offer(judged.detail, _repeat_template(), item.nodeid, self.trace_of(item.nodeid))
         self.write(
             TestEnd(
                 item.nodeid,
@@ -168,14 +189,16 @@ class Session:
                 kernel_log=tuple(judged.kernel_log),
                 repeat=_repeat(item.nodeid),
                 overhead=round(overhead, 6),
+                properties=judged.properties,
             )
         )
 
-    def _judge(self, outcome: ChildOutcome, limit: float) -> Judged:
+    def _judge(self, outcome: ChildOutcome, limit: float, bugs: "list[KnownBug]") -> Judged:
         judged = judge_process(outcome, limit, self.settings.required)
         judged.bugs_shown, judged.bugs_absent = outcome.bugs_shown, outcome.bugs_absent
+        judged.properties = {name: str(value) for report in outcome.reports for name, value in report.user_properties}
         self._judge_lifetimes(outcome, judged)
-        self._judge_log(judged)
+        self._judge_log(judged, bugs)
         if judged.verdict is Verdict.PASSED and judged.bugs_shown:
             judged.verdict = Verdict.KNOWN_BUG
         return judged
@@ -201,18 +224,27 @@ class Session:
                 return alive
             time.sleep(0.01)
 
-    def _judge_log(self, judged: Judged) -> None:
+    def _judge_log(self, judged: Judged, bugs: "list[KnownBug]") -> None:
+        """Charge the test with what the kernel said, but for the reports of bugs that the test says it would show."""
         judged.kernel_log = self.log.new_lines()
         found = splats.find_splats(judged.kernel_log)
+        known = {bug.id for bug in bugs for splat in found if bug.is_reported_by(splat.title)}
+        judged.bugs_shown = tuple(sorted({*judged.bugs_shown, *known}))
+        found = [splat for splat in found if not any(bug.is_reported_by(splat.title) for bug in bugs)]
         if found:
             _fail(judged, Verdict.SPLAT, found[0].reason)
-        elif judged.verdict in (Verdict.PASSED, Verdict.SKIPPED):
+        elif judged.verdict is Verdict.PASSED:
+            judged.bugs_absent = tuple(sorted({*judged.bugs_absent, *(bug.id for bug in bugs)} - known))
+        if judged.verdict in (Verdict.PASSED, Verdict.SKIPPED) and not known:
             judged.kernel_log = []
         if self.log.error and os.geteuid() == 0:
             _fail(judged, Verdict.ERROR, self.log.error)
 
     def end(self, exit_status: int) -> None:
         """Write the positive end of the run and stop the watches."""
+        if os.geteuid() != 0:
+            only_root = [requirement.missing for requirement in REQUIREMENTS.values() if requirement.for_root]
+            self.left_out += [f"tests ({self._skips[why]}): {why}" for why in only_root if why in self._skips]
         self.write(RunEnd(time.time(), exit_status, dict(self.counts), tuple(self.left_out)))
         self.close()
 
@@ -233,7 +265,8 @@ def judge_process(outcome: ChildOutcome, limit: float, required: frozenset[str])
         return Judged(Verdict.CRASHED, f"the test's process died: {how}")
     failed = next((report for report in outcome.reports if report.failed), None)
     if failed is not None:
-        return Judged(Verdict.FAILED, _first_line(failed), failed.longreprtext + _captured(failed))
+        verdict = Verdict(getattr(failed, "verdict", Verdict.FAILED))
+        return Judged(verdict, _first_line(failed), failed.longreprtext + _captured(failed))
     skipped = next((report for report in outcome.reports if report.skipped), None)
     if skipped is not None:
         return _judge_skip(skipped, required)
@@ -297,9 +330,17 @@ def _report(
     )
 
 
+def _warm_up() -> None:
+    if platform.machine() == "x86_64":
+        from kvmgmem.arch import x86_64
+
+        x86_64.warm_up()
+
+
 def _variant() -> dict[str, str]:
-    variant = os.environ.get("KVMGMEM_VARIANT", "")
-    return {"variant": variant} if variant else {}
+    """What sets this run apart from others of the same kernel: the machine's variant, a suite that is not kvmgmem's."""
+    wanted = {"variant": "KVMGMEM_VARIANT", "suite": "KVMGMEM_SUITE"}
+    return {key: os.environ[name] for key, name in wanted.items() if os.environ.get(name)}
 
 
 def rows_of(item: pytest.Item) -> tuple[str, ...]:
@@ -307,21 +348,32 @@ def rows_of(item: pytest.Item) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row for mark in item.iter_markers("contract") for row in mark.args))
 
 
+def reported_bugs_of(item: pytest.Item) -> "list[KnownBug]":
+    """The known bugs that the test would show by a complaint of the kernel that only they cause (`would_show`)."""
+    from kvmgmem.catalogue import known_bugs
+
+    named = [known_bugs.get(bug_id) for mark in item.iter_markers("would_show") for bug_id in mark.args]
+    return [bug for bug in named if bug.report]
+
+
 def area_of(item: pytest.Item) -> str | None:
-    """The contract area of a test's first row."""
+    """The contract area of a test's first row; of a test that is no Python function, what it says itself."""
     from kvmgmem.catalogue import contract as catalogue
 
     rows = rows_of(item)
-    return catalogue.area_of(rows[0]) if rows else None
+    return catalogue.area_of(rows[0]) if rows else getattr(item, "area", None)
 
 
 def rule_of(item: pytest.Item) -> str:
     """What the test says must hold: the first paragraph of its docstring."""
-    text = getattr(getattr(item, "function", None), "__doc__", None) or ""
+    text = getattr(getattr(item, "function", None), "__doc__", None) or getattr(item, "rule", None) or ""
     return " ".join(text.strip().partition("\n\n")[0].split())
 
 
 def _repeat(nodeid: str) -> str:
     """The command that runs just this test on just this kernel."""
-    template = os.environ.get("KVMGMEM_REPEAT", "kvmgmem run -- {test}")
-    return template.replace("{test}", shlex.quote(nodeid))
+    return _repeat_template().replace("{test}", shlex.quote(nodeid))
+
+
+def _repeat_template() -> str:
+    return os.environ.get("KVMGMEM_REPEAT", "kvmgmem run -- {test}")

@@ -24,8 +24,8 @@ from kvmgmem.exits import MmioExit, RunResult
 from kvmgmem.memory import Mapping
 from kvmgmem.testing.waiting import TIME_SCALE, wait_until
 
-HOST_SECONDS = 0.2
-EMULATED_SECONDS = 0.6
+HOST_SECONDS = 0.1
+EMULATED_SECONDS = 0.3
 STUCK_LIMIT = 20.0
 JITTER = 150e-6  # what it takes to enter and leave the kernel, an order of magnitude up or down
 

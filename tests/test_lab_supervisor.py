@@ -25,7 +25,7 @@ from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import CONSOLE, CONTROL, QMP, RESULTS, Machine, require_kernel_image, require_qemu
 from kvmgmem.lab.qemu import MAX_LINE, Line, LineCutter, Qemu
 from kvmgmem.lab.result_channel import split_garbage
-from kvmgmem.lab.supervisor import Request, Supervisor
+from kvmgmem.lab.supervisor import Lane, Request, Supervisor
 from kvmgmem.results.records import Verdict
 from kvmgmem.results.run import Run, exit_code, read_run
 
@@ -565,6 +565,40 @@ def test_a_state_that_is_not_written_whole_is_not_kept(kernel_file: Machine, tmp
     scripted.guests[0].saves = False
     assert verdicts(scripted.run()) == {"a": Verdict.PASSED}
     assert not list((tmp_path / "snapshots").iterdir())
+
+
+def test_drafts_of_other_runs_are_left_alone_unless_they_are_old(kernel_file: Machine, tmp_path: Path) -> None:
+    """Another run may be writing one at this moment; one that nobody finished within an hour was left behind."""
+    (tmp_path / "snapshots/.a-1").mkdir(parents=True)
+    (tmp_path / "snapshots/.b-2").mkdir()
+    os.utime(tmp_path / "snapshots/.b-2", (1, 1))
+    scripted_with_snapshots(tmp_path, kernel_file, [[*GREETING, *WHOLE_RUN]]).run()
+    assert [entry.name for entry in (tmp_path / "snapshots").glob(".*")] == [".a-1"]
+
+
+def test_interrupting_while_a_state_is_written_leaves_no_draft(kernel_file: Machine, tmp_path: Path) -> None:
+    """Ctrl-C may come then as at any other time."""
+
+    class Interrupted(ScriptedQemu):
+        def save_state(self, path: Path, limit: float = 60.0) -> bool:
+            path.write_text("half a sta")
+            raise KeyboardInterrupt
+
+    scripted = scripted_with_snapshots(tmp_path, kernel_file, [])
+    scripted._waiting[:] = [Interrupted([[*GREETING]])]
+    with pytest.raises(KeyboardInterrupt):
+        scripted.supervisor.run()
+    assert not list((tmp_path / "snapshots").iterdir())
+
+
+def test_a_guest_that_starts_while_the_run_is_being_stopped_is_ended(results: Path) -> None:
+    """Stopping tells the guests that are known; one that has just been started learns it from the account."""
+    killed: list[bool] = []
+    scripted = Scripted(results, [])
+    scripted.guests[0].process = SimpleNamespace(poll=lambda: None, kill=lambda: killed.append(True))
+    scripted.supervisor.stopping = True
+    Lane(scripted.supervisor, 0).run()
+    assert killed
 
 
 def test_the_least_used_states_go(kernel_file: Machine, tmp_path: Path) -> None:

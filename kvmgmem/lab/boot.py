@@ -202,10 +202,14 @@ class Boot:
         draft = self._snapshot.draft()
         if draft is None:
             return
-        if self._qemu.save_state(draft):
+        whole = False
+        try:
+            whole = self._qemu.save_state(draft)
+        finally:
+            if not whole:  # also on Ctrl-C
+                self._snapshot.drop_draft()
+        if whole:
             self._snapshot.keep(list(self.whole_console))
-        else:
-            self._snapshot.drop_draft()
 
     def _send_job(self) -> None:
         if not self._job_sent:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ KEPT = 6
 """How many states are kept, the least recently used going first; each takes about 140 MiB."""
 ROOM = 1024 * MiB
 """Bytes that must be free for another one."""
+DRAFT_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,11 @@ class Snapshot:
         return self.state.is_file()
 
     def console(self) -> list[str]:
-        """What the kernel had said on the way there."""
-        return (self.folder / "console").read_text(errors="replace").splitlines()
+        """What the kernel had said on the way there; nothing if another run has just removed the state."""
+        try:
+            return (self.folder / "console").read_text(errors="replace").splitlines()
+        except OSError:
+            return []
 
     def use(self) -> Path:
         """The state's path, which now counts as used last."""
@@ -69,8 +74,11 @@ class Snapshot:
             self._draft.rename(self.folder)
         except OSError:  # another run was quicker, or the disk is full: this run goes on either way
             self.drop_draft()
-        for old in sorted(self.folder.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)[:-KEPT]:
+        for old in sorted(self.folder.parent.glob("[!.]*"), key=_last_use)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
+        for left in self.folder.parent.glob(".*"):  # of a run that was killed, for nobody takes an hour to write one
+            if _last_use(left) < time.time() - DRAFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
     def drop_draft(self) -> None:
         """Remove a draft that came to nothing."""
@@ -83,6 +91,14 @@ class Snapshot:
     @property
     def _draft(self) -> Path:
         return self.folder.with_name(f".{self.folder.name}-{os.getpid()}")
+
+
+def _last_use(entry: Path) -> float:
+    """When an entry was used last; one that another run has removed meanwhile counts as the oldest."""
+    try:
+        return entry.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def snapshot_of(machine: Machine, preparation: Mapping[str, object], folder: Path) -> Snapshot:

@@ -262,6 +262,8 @@ class Lane:
         machine = replace(machine, incoming=self._resumed.use()) if self._resumed else machine
         with self._supervisor.start_qemu(machine) as qemu:
             self._qemu = qemu
+            if self._supervisor.stopping:  # said before this guest could be told
+                self.stop()
             boot = Boot(self, qemu, self._request.limits, snapshot, resumed=self._resumed is not None)
             try:
                 ending = boot.run()

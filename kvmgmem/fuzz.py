@@ -47,7 +47,7 @@ def add_fuzz_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="where to begin (default 1)")
     parser.add_argument("--first", action="store_true", help="end at the first finding that is no known bug")
     parser.add_argument("--host", action="store_true", help="on this machine's KVM, which a finding may take down")
-    parser.add_argument("--kernel", metavar="IMAGE|NAME", help="what to boot (default: the kernel last built or asked for)")
+    parser.add_argument("--kernel", metavar="IMAGE|NAME", help="what to boot (default: the base kernel last built)")
     parser.add_argument("--out", type=Path, default=Path("fuzz"), metavar="DIR", help="state and findings (default: fuzz)")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="play a finding again, and say whether it still shows")
     parser.add_argument("--jobs", type=int, default=1, metavar="J", help="guests, or processes, at once (default 1)")
@@ -87,7 +87,7 @@ def _place(args: argparse.Namespace) -> str:
     """Which kernel a search is about, in words: findings of two kernels do not belong into one directory."""
     if args.host:
         return f"host {os.uname().release}"
-    words = [args.kernel or "the kernel last built", *([args.variant] if args.variant != "plain" else [])]
+    words = [args.kernel or "the base kernel last built", *([args.variant] if args.variant != "plain" else [])]
     return " ".join(["guests,", *words, *([args.append] if args.append else [])])
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab.ending import Cause, Ending, init_failure, silence_text
+from kvmgmem.lab.ending import Cause, Ending, init_failure, internal_error, silence_text
 from kvmgmem.lab.guest_init import PROTOCOL
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import CONSOLE, CONTROL, QMP, RESULTS
@@ -306,11 +306,11 @@ class Boot:
             for line in self._qemu.wait_for_console(0.05):
                 self._on_console(line.text)
 
-    def _close_lost_test(self) -> None:
-        """A test whose end never came, because another one begins."""
+    def _close_lost_test(self, why: str = "") -> None:
+        """A test whose end never came, because another one begins or the run is over; `why` is what the runner said."""
         if self._open is None:
             return
-        why = self._garbage[0] if self._garbage else "its end record never arrived"
+        why = why or (self._garbage[0] if self._garbage else "its end record never arrived")
         self._garbage.clear()
         self._charge(Verdict.ERROR, why, ())
 
@@ -441,7 +441,7 @@ class Boot:
     def settle(self, ending: Ending) -> None:
         """Charge the end of the boot to the test that was open, or, if the kernel is to blame, to nobody in particular."""
         if ending.cause is Cause.FINISHED:
-            self._close_lost_test()
+            self._close_lost_test(internal_error(ending.runner_output))
             self._between_tests()
             if self._garbage:
                 self._charge_to_nobody(Verdict.ERROR, self._garbage[0], ())

@@ -72,6 +72,15 @@ def init_failure(console: Iterable[str]) -> str:
     return ""
 
 
+def internal_error(output: str) -> str:
+    """What ended pytest in the middle of a test, by what it printed: the error, and the line of code; "" if it did not."""
+    traceback = [line.removeprefix("INTERNALERROR>").rstrip() for line in output.splitlines() if "INTERNALERROR>" in line]
+    if not traceback:
+        return ""
+    place = next((line.strip() for line in reversed(traceback) if line.startswith('   File "')), "")
+    return f"the runner failed: {traceback[-1].strip()}" + (f" ({place})" if place else "")
+
+
 def worth_another_boot(ending: Ending) -> bool:
     """Whether a boot that came to nothing may fare better the next time."""
     return ending.cause in (Cause.NO_BOOT, Cause.HANG)

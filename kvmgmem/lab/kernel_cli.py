@@ -87,6 +87,8 @@ def _remove(args: argparse.Namespace) -> None:
     leftovers = kernels.remove_leftovers() if args.sources else iter(())
     for name, size in itertools.chain(kernels.remove(names), leftovers):
         print(f"removed {name} ({cache.size_text(size)})")
+    if names and (freed := kernels.remove_kept_guests()):
+        print(f"removed the guests kept since they had booted ({cache.size_text(freed)})")
 
 
 def _as_json(kernel: kernels.Kernel) -> dict[str, object]:

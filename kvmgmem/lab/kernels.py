@@ -136,12 +136,12 @@ def list_kernels() -> list[Kernel]:
 def resolve(spec: str | None) -> Kernel:
     """The kernel that somebody means: a path to an image, or a name such as `7.3`, `7.3.4`, `7.3/debug` or `debug`.
 
-    None means the kernel last built or asked for. Raises HarnessError for a path that holds no kernel, and for a name
-    that nothing in the cache answers to.
+    None means the kernel last built or asked for, one of the slow flavours only if there is no other. Raises HarnessError
+    for a path that holds no kernel, and for a name that nothing in the cache answers to.
     """
     if spec is None:
         if kernels := list_kernels():
-            return kernels[0]
+            return next((kernel for kernel in kernels if kernel.flavour in (None, BASE)), kernels[0])
         raise HarnessError("no kernel has been built yet", "make one: kvmgmem kernel build")
     path = Path(spec).expanduser()
     if path.is_file() or ("/" in spec and path.exists()):
@@ -220,6 +220,14 @@ def remove_leftovers() -> Iterator[tuple[str, int]]:
     """
     for entry in leftovers():
         yield f"{entry.parent.name}/{entry.name}", _remove_locked(entry)
+
+
+def remove_kept_guests() -> int:
+    """Remove every guest that was kept when it had booted; the bytes that it freed.
+
+    A state names its kernel by digest alone, so that those of one kernel cannot be told; each costs a boot to make again.
+    """
+    return sum(cache.remove(entry) for entry in _folder("snapshots").glob("*"))
 
 
 def leftovers() -> list[Path]:

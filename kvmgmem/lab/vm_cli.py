@@ -43,7 +43,7 @@ FLAVOUR_SLOWNESS = {"debug": 4.0, "coverage": 1.5}
 def add_vm_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser("vm", help="run the selftests in a QEMU guest")
-    parser.add_argument("--kernel", metavar="IMAGE|NAME", help="what to boot (default: the kernel last built or asked for)")
+    parser.add_argument("--kernel", metavar="IMAGE|NAME", help="what to boot (default: the base kernel last built)")
     parser.add_argument(
         "--source",
         type=Path,

@@ -336,7 +336,7 @@ def guest_request(args: argparse.Namespace, directory: Path, seconds: float) -> 
     from kvmgmem.lab.initramfs import ImageRequest, build_image
     from kvmgmem.lab.kernels import build, list_kernels, resolve
     from kvmgmem.lab.limits import Limits
-    from kvmgmem.lab.machine import Machine, choose_accelerator, require_kernel_image, require_qemu
+    from kvmgmem.lab.machine import QEMU, Machine, choose_accelerator, require_kernel_image, require_qemu
     from kvmgmem.lab.supervisor import Request
     from kvmgmem.lab.variants import lookup
     from kvmgmem.lab.vm_cli import FLAVOUR_SLOWNESS, QUIET
@@ -353,7 +353,7 @@ def guest_request(args: argparse.Namespace, directory: Path, seconds: float) -> 
         cpus=variant.smp or args.smp,
         numa_nodes=variant.numa or 1,
         append=f"{variant.append} {args.append}".strip(),
-        qemu=require_qemu(),
+        qemu=require_qemu(variant.qemu or QEMU),
     )
     scale = accelerator.time_scale * FLAVOUR_SLOWNESS.get(kernel.flavour or "", 1.0)
     # The round's own time is real time, whatever the accelerator; on top comes what a last shrinking may take.

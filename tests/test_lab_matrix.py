@@ -53,6 +53,21 @@ def test_an_unknown_variant_or_kernel_is_refused(kernels: Path) -> None:
         plan(["none"], [], kernels)
 
 
+def test_a_parameter_or_another_qemu_is_a_variant_too(kernels: Path) -> None:
+    """What has an equals sign goes to the kernel's command line, but for `qemu=`; file names tell such columns apart."""
+    columns = plan(["7.3+kvm_amd.avic=1"], ["qemu=/opt/qemu/bin/qemu kvm.x=1"], kernels)
+    assert names(columns) == ["7.3+kvm_amd.avic=1"]
+    assert (columns[0].variant.append, columns[0].variant.qemu) == ("kvm_amd.avic=1", None)
+    columns = plan(["7.3"], ["qemu=/opt/qemu/bin/qemu kvm.x=1"], kernels)
+    assert names(columns) == ["7.3", "7.3+qemu=_opt_qemu_bin_qemu_kvm.x=1"]
+    assert (columns[1].variant.append, columns[1].variant.qemu) == ("kvm.x=1", "/opt/qemu/bin/qemu")
+    for wrong in ("qemu=", "qemu=a qemu=b"):
+        with pytest.raises(HarnessError, match="does not name one QEMU"):
+            lookup(wrong)
+    with pytest.raises(HarnessError, match="is not a variant"):
+        lookup("npt0 kvm.x=1")
+
+
 def test_variants_are_found_by_name() -> None:
     """Every variant answers to its name and says why one wants it."""
     for name, variant in VARIANTS.items():

@@ -22,7 +22,7 @@ from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode, gravest
 from kvmgmem.lab.capacity import guests_that_fit
 from kvmgmem.lab.kernels import Kernel, resolve
-from kvmgmem.lab.variants import PLAIN, Variant, lookup
+from kvmgmem.lab.variants import PLAIN, VARIANTS, Variant, is_variant, lookup
 from kvmgmem.results.compare import compare, write_comparison
 from kvmgmem.results.html import write_html_comparison
 from kvmgmem.results.outputs import WRITERS, write_file
@@ -48,8 +48,8 @@ class Column:
     @property
     def name(self) -> str:
         """What its files are called."""
-        suffix = "" if self.variant is PLAIN else f"+{self.variant.name}"
-        return re.sub(r"[^A-Za-z0-9.+~-]+", "_", self.kernel.name).strip("_") + suffix
+        kernel = re.sub(r"[^A-Za-z0-9.+~-]+", "_", self.kernel.name).strip("_")
+        return kernel if self.variant is PLAIN else f"{kernel}+{re.sub(r'[^A-Za-z0-9_.=,-]+', '_', self.variant.name)}"
 
     @property
     def results(self) -> Path:
@@ -72,7 +72,13 @@ def add_matrix_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     parser = subparsers.add_parser("matrix", help="kernels times machine variants, and one table")
     parser.add_argument("kernels", nargs="+", metavar="KERNEL", help="as for `vm --kernel`; KERNEL+VARIANT for one variant")
     parser.add_argument(
-        "--variant", action="append", default=[], metavar="NAME", help="try every kernel on this machine too"
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="try every kernel on this machine too: "
+        + ", ".join(name for name in VARIANTS if name != PLAIN.name)
+        + ", a parameter such as kvm_amd.avic=1, qemu=PROGRAM",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("matrix"), metavar="DIR", help="records and reports (default: matrix)"
@@ -101,20 +107,14 @@ def plan(kernels: Sequence[str], variants: Sequence[str], directory: Path) -> li
     found: dict[str, Column] = {}
     for spec in kernels:
         name, plus, variant = spec.rpartition("+")
-        # A release may hold a plus sign too; only a known variant's name behind one counts.
-        single = plus and variant in _variant_names()
+        # A release may hold a plus sign too; only a variant behind one counts.
+        single = plus and is_variant(variant)
         kernel = resolve(name if single else spec)
         wanted = [lookup(variant)] if single else [PLAIN, *map(lookup, variants)]
         for machine in wanted:
             column = Column(kernel, machine, directory)
             found.setdefault(column.name, column)
     return list(found.values())
-
-
-def _variant_names() -> frozenset[str]:
-    from kvmgmem.lab.variants import VARIANTS
-
-    return frozenset(VARIANTS)
 
 
 def _make_directory(directory: Path) -> None:

@@ -17,6 +17,7 @@ from kvmgmem.lab.kbuild import BuildError
 from kvmgmem.lab.kernels import Kernel, build, list_kernels, resolve
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import (
+    QEMU,
     Accelerator,
     Machine,
     choose_accelerator,
@@ -64,8 +65,12 @@ def add_vm_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Add what describes the guest, and what its tests may take."""
     parser.add_argument(
-        "--variant", default="plain", metavar="NAME", help="a machine by name (see `matrix`): npt0, numa2, ..."
+        "--variant",
+        default="plain",
+        metavar="NAME",
+        help="a machine by name (see `matrix`): npt0, numa2, ..., or qemu=PROGRAM",
     )
+    parser.set_defaults(qemu=None)  # the variant may name one
     parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="how QEMU executes the guest")
     parser.add_argument(
         "--jobs",
@@ -90,7 +95,7 @@ def run_vm(args: argparse.Namespace) -> int:
     """Boot, run, report; returns the exit code. Raises HarnessError."""
     _apply_variant(args)
     _check_numbers(args)
-    qemu = require_qemu()
+    qemu = require_qemu(args.qemu or QEMU)
     accelerator = choose_accelerator(args.accel)
     kernel = _built_from(args.source) if args.source else _kernel(args.kernel)
     image_request = _image_request(args, kernel)
@@ -119,6 +124,7 @@ def _apply_variant(args: argparse.Namespace) -> None:
     """Put the variant's numbers where the command line said nothing of its own."""
     variant = lookup(args.variant)
     args.append = f"{variant.append} {args.append}".strip()
+    args.qemu = variant.qemu
     for name, plain in (("numa", 1), ("smp", 2), ("memory", 1536)):
         wanted = getattr(variant, name)
         if wanted is not None and getattr(args, name) == plain:
@@ -256,7 +262,7 @@ def machine_words(args: argparse.Namespace) -> list[str]:
     for name, default in (("accel", "auto"), ("memory", 1536), ("smp", 2), ("numa", 1), ("append", "")):
         if getattr(args, name) != default:
             words += [f"--{name}", str(getattr(args, name))]
-    return words
+    return words + (["--variant", f"qemu={args.qemu}"] if args.qemu else [])
 
 
 def _gdb_line(kernel: Kernel) -> str:

@@ -164,6 +164,20 @@ def test_ctrl_c_keeps_the_records_and_ends_what_was_started(tmp_path: Path) -> N
     assert not Path(f"/proc/{pid_file.read_text()}").exists()
 
 
+@has_kvm
+def test_compiled_tests_are_kept_where_they_are_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Python is told to leave no bytecode beside its sources, `run` keeps it in the cache: tests are compiled once."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    monkeypatch.setenv("KVMGMEM_CACHE", str(tmp_path / "cache"))
+    tests = tmp_path / "mine"
+    tests.mkdir()
+    (tests / "test_it.py").write_text("def test_it(kvm): pass\n")
+    assert kvmgmem("run", f"--results={tmp_path / 'results'}", "--", str(tests / "test_it.py")).returncode == ExitCode.OK
+    assert [path.name for path in tests.iterdir()] == ["test_it.py"]
+    assert list((tmp_path / "cache" / "bytecode").rglob("test_it.*-pytest-*.pyc"))
+
+
 def test_unknown_verbs_and_options_are_usage() -> None:
     """What the parser does not know is exit code 2."""
     assert kvmgmem("rnu").returncode == ExitCode.USAGE

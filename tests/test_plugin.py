@@ -12,7 +12,7 @@ import pytest
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.kvm import Kvm
 from kvmgmem.processes import Channel, ChildProcess
-from kvmgmem.testing.waiting import wait_until
+from kvmgmem.testing.waiting import TIME_SCALE, wait_until
 
 pytestmark = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm on this machine")
 
@@ -120,6 +120,26 @@ def test_leaks_of_every_kind_fail_the_test(pytester: pytest.Pytester) -> None:
     assert outcome.status == ExitCode.TEST_FAILED
 
 
+def test_what_the_runner_has_mapped_is_nobodys_leak(pytester: pytest.Pytester) -> None:
+    """A test starts with the mappings of the process that it is forked from; one more is the test's."""
+    outcome = run(
+        pytester,
+        """
+from kvmgmem.kvm import Kvm
+KVM = Kvm.open()
+VCPU = KVM.create_vm().create_vcpu()
+VCPU.kvm_run
+def test_clean(kvm):
+    with open("/proc/self/maps") as maps:
+        assert "kvm-vcpu" in maps.read()
+def test_one_more(kvm):
+    vm = kvm.create_vm(); vcpu = vm.create_vcpu(); vcpu.kvm_run; vcpu.close_fd(); vcpu._run_address = 0
+""",
+    )
+    assert outcome.verdicts() == {"test_clean": "passed", "test_one_more": "failed"}, outcome.ends
+    assert outcome.ends["test_one_more"]["detail"].count("mapping of") == 1
+
+
 def test_allocated_pages_are_named_with_a_leaked_gmem(pytester: pytest.Pytester) -> None:
     """A gmem left behind is reported with the pages it holds."""
     outcome = run(
@@ -177,7 +197,7 @@ def test_killed(kvm):
     os.kill(os.getpid(), signal.SIGKILL)
 def test_left(kvm):
     os._exit(3)
-@test_timeout(1)
+@test_timeout(1.5)
 def test_hung(kvm):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True: time.sleep(1)
@@ -194,11 +214,36 @@ def test_after(kvm):
         "test_failed": "failed",
         "test_after": "passed",
     }
+    limits = {record["test"].partition("::")[2]: record["limit"] for record in outcome.of("test-start")}
+    assert (limits["test_hung"], limits["test_after"]) == (1.5 * TIME_SCALE, 30 * TIME_SCALE)
     assert "SIGKILL" in outcome.ends["test_killed"]["reason"]
     assert "exit status 3" in outcome.ends["test_left"]["reason"]
     assert "test_hung" in outcome.ends["test_hung"]["detail"], "where it hung is said"
     assert "EINVAL" in outcome.ends["test_failed"]["reason"]
     assert outcome.status == ExitCode.TEST_FAILED
+
+
+def test_a_failure_of_the_runner_costs_one_test(pytester: pytest.Pytester) -> None:
+    """What goes wrong in the harness is said and no verdict on the kernel; the tests after it run."""
+    outcome = run(
+        pytester,
+        """
+from kvmgmem.testing.session import Session
+usual = Session._judge
+def judge(self, outcome, limit, bugs):
+    Session._judge = usual
+    raise ValueError("no verdict")
+Session._judge = judge
+def test_it(kvm):
+    pass
+def test_after(kvm):
+    pass
+""",
+    )
+    assert outcome.verdicts() == {"test_it": "error", "test_after": "passed"}, outcome.text
+    assert outcome.ends["test_it"]["reason"] == "the runner failed: ValueError: no verdict"
+    assert "in judge" in outcome.ends["test_it"]["detail"]
+    assert outcome.status == ExitCode.HARNESS
 
 
 def test_requirements_skip_with_their_reason_and_fail_when_required(pytester: pytest.Pytester) -> None:

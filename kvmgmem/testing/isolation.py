@@ -87,7 +87,7 @@ def _child(item: pytest.Item, writer: int, dump: int) -> None:
         os.setsid()
         faulthandler.register(signal.SIGUSR2, file=dump, all_threads=True, chain=False)
         LEDGER.clear()
-        before = Snapshot.take()
+        before = Snapshot.of_a_fork()
         start = time.perf_counter()
         reports = runtestprotocol(item, log=False, nextitem=None)
         seconds = time.perf_counter() - start

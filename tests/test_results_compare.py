@@ -51,6 +51,7 @@ def test_what_differs_is_named_with_its_reason_and_what_agrees_is_counted() -> N
     assert re.search(r"^  b \.  t::other\n +A: B14: ", text, re.MULTILINE), text
     assert "t::same" not in text
     assert "1 of 2 tests agree in all 2 columns" in text
+    assert "Every difference is a known bug, or something that the column says it lacks." in text
 
 
 def test_faults_come_before_harmless_differences_and_are_all_named() -> None:
@@ -63,6 +64,7 @@ def test_faults_come_before_harmless_differences_and_are_all_named() -> None:
     assert text.index("t::f9") < text.index("t::s0")
     assert all(name in text for name in failed)
     assert "... and 7 more" in text
+    assert "10 of the differences are not explained by" in text
     assert "t::s9" not in text
 
 
@@ -70,6 +72,7 @@ def test_a_test_that_a_column_lacks_is_a_blank() -> None:
     """No record is not a verdict: the column shows nothing, and the row counts as differing."""
     text = text_of(a_run("7.3", {"t::a": Verdict.PASSED}), a_run("7.2", {"t::a": Verdict.PASSED, "t::b": Verdict.PASSED}))
     assert re.search(r"^    \.  t::b$", text, re.MULTILINE), text
+    assert "1 of the differences are not explained by" in text
 
 
 def test_another_suites_run_says_nothing_by_not_having_a_test() -> None:

@@ -76,7 +76,9 @@ def label_of(facts: Circumstances | None) -> str:
     if facts is None:
         return "unknown kernel"
     differences = (str(facts.extra.get(key) or "") for key in ("variant", "suite"))
-    parts = [facts.release, *filter(None, (facts.flavour, *differences))]
+    # A kernel that we built has its flavour in its release.
+    flavour = "" if facts.release.endswith(f"-kvmgmem-{facts.flavour}") else facts.flavour
+    parts = [facts.release, *filter(None, (flavour, *differences))]
     return one_line(" ".join([*parts, *(["host"] if facts.where == "host" else [])]))
 
 
@@ -137,6 +139,10 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         else "all columns of their suite"
     )
     yield f"{len(comparison.rows) - len(differing)} of {len(comparison.rows)} tests agree in {where}."
+    if differing:
+        count = sum(not _is_explained(row) for row in differing)
+        what = "a known bug, or something that the column says it lacks"
+        yield f"{count} of the differences are not explained by {what}." if count else f"Every difference is {what}."
     yield from _features(comparison, letters)
 
 
@@ -163,6 +169,12 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _has_fault(row: Row) -> bool:
     return any(outcome is not None and outcome.verdict.severity >= Verdict.NOT_RUN.severity for outcome in row.outcomes)
+
+
+def _is_explained(row: Row) -> bool:
+    """Whether each column passed, showed a known bug, or named what it lacks."""
+    there = [outcome is not None for outcome, due in zip(row.outcomes, row.comparable, strict=True) if due]
+    return all(there) and not _has_fault(row)
 
 
 def _group_lines(group: Sequence[Row], letters: Sequence[str]) -> Iterator[str]:

@@ -7,8 +7,8 @@ from typing import Any, Final, TextIO
 
 from kvmgmem.catalogue import contract as catalogue
 from kvmgmem.results.compare import Column, Comparison, Row, compare, reason_of
-from kvmgmem.results.run import NO_AREA, Run, run_fault
-from kvmgmem.results.summary import verdict_line
+from kvmgmem.results.run import NO_AREA, Run, exit_code, run_fault
+from kvmgmem.results.summary import outcome_text
 from kvmgmem.results.text import printable
 
 PAGE: Final = Path(__file__).with_name("page.html")
@@ -44,10 +44,13 @@ def _column(column: Column) -> dict[str, Any]:
         "cpu": facts.cpu_model,
         "VM types": ", ".join(facts.vm_types),
         "config": facts.config_hash or "unknown",
+        "release": facts.release,
+        "time": f"{column.run.duration:.1f} s",
     }  # fmt: skip
     return {
         "label": column.label,
-        "line": verdict_line(column.run),
+        "line": outcome_text(column.run),
+        "exit": int(exit_code(column.run)),
         "fault": run_fault(column.run),
         "about": about,
         "leftOut": list(column.run.left_out),

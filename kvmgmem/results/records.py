@@ -96,6 +96,8 @@ class TestStart:
     contract: tuple[str, ...] = ()
     rule: str = ""
     """What must hold: the first paragraph of the test's docstring."""
+    limit: float = 0.0
+    """Seconds that the runner gives it; 0 if it does not say."""
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,7 @@ def _test_start(fields: _Fields) -> TestStart:
         area=fields.text_or_null("area"),
         contract=fields.texts("contract"),
         rule=fields.text("rule", ""),
+        limit=fields.number("limit", 0.0),
     )
 
 

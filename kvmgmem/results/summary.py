@@ -80,6 +80,11 @@ def where_it_ran(run: Run) -> str:
 
 def verdict_line(run: Run) -> str:
     """Return the run in one line: what it came to, the counts, where, and the exit code."""
+    return f"{outcome_text(run)} on {where_it_ran(run)} in {run.duration:.1f} s (exit {exit_code(run):d})"
+
+
+def outcome_text(run: Run) -> str:
+    """Return what the run came to, and the counts."""
     code = exit_code(run)
     words = {
         ExitCode.OK: "OK",
@@ -92,8 +97,7 @@ def verdict_line(run: Run) -> str:
     names = {Verdict.KNOWN_BUG: "known bug", Verdict.NOT_RUN: "not run", Verdict.TIMEOUT: "timed out"}
     order = (Verdict.PASSED, *FAULTS, Verdict.KNOWN_BUG, Verdict.SKIPPED)
     counts = [f"{run.counts[verdict]} {names.get(verdict, verdict)}" for verdict in order if run.counts[verdict]]
-    what = f"{words[code]}: {', '.join(counts) or 'no test'}"
-    return f"{what} on {where_it_ran(run)} in {run.duration:.1f} s (exit {code:d})"
+    return f"{words[code]}: {', '.join(counts) or 'no test'}"
 
 
 def _plain(_colour: str, text: str) -> str:

@@ -47,6 +47,11 @@ class Host:
     debugfs: bool
     root: bool
 
+    @property
+    def tdp_mmu(self) -> bool:
+        """Whether guests' pages are mapped by the TDP MMU (arch/x86/kvm/mmu/tdp_mmu.c), not by the shadow MMU's code."""
+        return self.paging == "tdp" and self.parameters.get("kvm.tdp_mmu") != "N"
+
     def offers(self, vm_type: VmType) -> bool:
         """Whether VMs of this type can be created."""
         return vm_type.label in self.vm_types

@@ -113,6 +113,7 @@ def test_init_shared_without_mmap_can_never_be_mapped(vm: Vm, gmem: GuestMemfd) 
 
 
 @contract("GM-CRE-007")
+@requires("default-vm", cap=Cap.GUEST_MEMFD_FLAGS)
 @vm_types("sw-protected")
 def test_init_shared_is_not_for_private_memory(kvm: Kvm, vm: Vm) -> None:
     """A VM with private memory refuses INIT_SHARED with EINVAL, alone and with MMAP, and accepts MMAP alone."""

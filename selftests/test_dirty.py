@@ -23,6 +23,7 @@ USER_SLOTS = 32764
 RING_OFFSET = 64 * PAGE_SIZE  # KVM_DIRTY_LOG_PAGE_OFFSET on x86
 RING_SIZE = 64 * 1024
 ENTRY_SIZE = 16
+INITIALLY_SET = 2  # KVM_DIRTY_LOG_INITIALLY_SET, include/uapi/linux/kvm.h
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ class Ring:
 
 
 @contract("GM-DIRTY-003")
-@requires(cap=Cap.DIRTY_LOG_RING)
+@requires("default-vm", cap=Cap.DIRTY_LOG_RING)
 @vm_types("default")
 def test_the_dirty_ring_knows_no_gmem_and_replaces_the_bitmap(kvm: Kvm, memory: Mapping) -> None:
     """With the dirty ring on, the bitmap calls are ENXIO; the ring names pages of logged slots, and never those of gmem."""
@@ -227,3 +228,57 @@ def test_clearing_takes_whole_words_inside_the_slot(vm: Vm, cpu: GuestCpu) -> No
         assert dirty() == set()
         cpu.store(PLAIN_GPA + 130 * PAGE_SIZE, STAMP)
         assert dirty() == {130}
+
+
+@contract("GM-DIRTY-007")
+@vm_types("default")
+def test_a_log_that_begins_full_is_cleared_word_by_word(vm: Vm, cpu: GuestCpu) -> None:
+    """With KVM_DIRTY_LOG_INITIALLY_SET a new log names every page of the slot, until CLEAR_DIRTY_LOG takes them off it."""
+    wanted = lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | INITIALLY_SET
+    if not vm.check_extension(Cap.MANUAL_DIRTY_LOG_PROTECT2) & INITIALLY_SET:
+        pytest.skip("this KVM offers no KVM_DIRTY_LOG_INITIALLY_SET")
+    vm.enable_cap(Cap.MANUAL_DIRTY_LOG_PROTECT2, wanted)
+    with Mapping.anonymous(SIZE) as memory:
+        vm.set_region(plain(memory.address))
+        everything = set(range(PAGES))
+        assert vm.dirty_pages(PLAIN_SLOT, PAGES) == everything
+        assert vm.dirty_pages(PLAIN_SLOT, PAGES) == everything
+        assert vm.raw.clear_dirty_log(PLAIN_SLOT, 64, 64) == OK
+        assert vm.dirty_pages(PLAIN_SLOT, PAGES) == everything - set(range(64, 128))
+        cpu.store(PLAIN_GPA + 70 * PAGE_SIZE, STAMP)
+        assert vm.dirty_pages(PLAIN_SLOT, PAGES) == everything - set(range(64, 128)) | {70}
+        # A log that is switched on later begins full as well; one that stays on keeps what it has.
+        vm.set_region(plain(memory.address, logged=False))
+        vm.set_region(plain(memory.address))
+        assert vm.dirty_pages(PLAIN_SLOT, PAGES) == everything
+
+
+@contract("GM-DIRTY-007")
+@vm_types("default")
+def test_a_bitmap_out_of_reach_is_a_fault(vm: Vm, cpu: GuestCpu, memory: Mapping) -> None:
+    """Where the bitmap's memory cannot be written, or read, GET_DIRTY_LOG and CLEAR_DIRTY_LOG are EFAULT."""
+    vm.enable_cap(Cap.MANUAL_DIRTY_LOG_PROTECT2, lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+    vm.set_region(plain(memory.address))
+    cpu.store(PLAIN_GPA + 3 * PAGE_SIZE, STAMP)
+    with Mapping.anonymous(PAGE_SIZE) as gone:
+        nowhere = gone.address
+    get = ffi.new("struct kvm_dirty_log *", {"slot": PLAIN_SLOT, "dirty_bitmap": nowhere})
+    clear = ffi.new("struct kvm_clear_dirty_log *", {"slot": PLAIN_SLOT, "num_pages": PAGES, "dirty_bitmap": nowhere})
+    assert vm.raw.ioctl_struct(lib.KVM_GET_DIRTY_LOG, get) == Errno.EFAULT
+    assert vm.raw.ioctl_struct(lib.KVM_CLEAR_DIRTY_LOG, clear) == Errno.EFAULT
+    assert vm.dirty_pages(PLAIN_SLOT, PAGES) == {3}
+
+
+@contract("GM-SLOT-023")
+@vm_types("default")
+def test_the_log_of_a_slot_moves_along(vm: Vm, cpu: GuestCpu, memory: Mapping) -> None:
+    """A slot that is moved with its log on keeps the log: what was written before the move is in it, and what is after."""
+    vm.set_region(plain(memory.address))
+    cpu.store(PLAIN_GPA + 3 * PAGE_SIZE, STAMP)
+    moved = plain(memory.address).but(gpa=GPA)
+    assert vm.raw.set_region(moved) == OK
+    # Read before the log is: kernels may map a page that is read writable at once, and log it then (6.12 does).
+    assert cpu.load(moved.gpa + 3 * PAGE_SIZE) == STAMP
+    assert vm.dirty_pages(PLAIN_SLOT, PAGES) == {3}
+    cpu.store(moved.gpa + 5 * PAGE_SIZE, STAMP)
+    assert vm.dirty_pages(PLAIN_SLOT, PAGES) == {5}

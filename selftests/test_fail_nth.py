@@ -6,7 +6,6 @@ tries again with more effort, such as the nodes of an XArray, which are first as
 """
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,11 +26,21 @@ from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.host import DEBUGFS
 from kvmgmem.kvm import Kvm
 from kvmgmem.memory import Mapping, MemoryRegion
-from kvmgmem.testing import contract, disruptive, gmem_kinds, known_bug, requires, test_timeout, vm_types, wait_until
+from kvmgmem.testing import (
+    contract,
+    disruptive,
+    gmem_kinds,
+    known_bug,
+    requires,
+    test_timeout,
+    vm_types,
+    wait_until,
+    would_show,
+)
+from kvmgmem.testing.announcements import Announcements
 from kvmgmem.testing.fixtures import GPA, SIZE, Running
 from kvmgmem.testing.stats import read_stats
 from kvmgmem.testing.vm_directory import VmDirectory
-from kvmgmem.testing.waiting import TIME_SCALE
 from kvmgmem.vcpu import Vcpu
 from kvmgmem.vm import Vm
 
@@ -109,6 +118,7 @@ def failed(outcomes: list[Outcome[T]]) -> int:
 
 
 @contract("GM-RES-014")
+@would_show("B29")
 def test_a_vm_comes_whole_or_not_at_all(kvm: Kvm, vm: Vm, sweep: Sweep) -> None:
     """Creating a VM while memory is short is ENOMEM and leaves nothing behind, or makes a VM that works."""
     _ = kvm.vcpu_mmap_size
@@ -134,28 +144,8 @@ def test_a_vm_comes_whole_or_not_at_all(kvm: Kvm, vm: Vm, sweep: Sweep) -> None:
     assert failed(sweep.answers(lambda: kvm.raw.create_vm(vm.type), check)) > 0
 
 
-class Announcements:
-    """What KVM says of the VMs that come and go, to everybody (virt/kvm/kvm_main.c:kvm_uevent_notify_change)."""
-
-    def __init__(self) -> None:
-        netlink_kobject_uevent, from_the_kernel = 15, 1
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, netlink_kobject_uevent)
-        self._socket.settimeout(5 * TIME_SCALE)
-        self._socket.bind((0, from_the_kernel))
-
-    def next(self, event: str) -> int:
-        """Wait for a VM of this process to come ("create") or go ("destroy"): the VMs there are then."""
-        while True:
-            words = dict(word.partition(b"=")[::2] for word in self._socket.recv(65536).split(b"\0"))
-            if (words.get(b"EVENT"), words.get(b"PID")) == (event.encode(), str(threading.get_native_id()).encode()):
-                return int(words[b"COUNT"])
-
-    def close(self) -> None:
-        """Listen no more."""
-        self._socket.close()
-
-
 @contract("GM-RES-014")
+@would_show("B29")
 @vm_types("default")
 def test_a_vm_that_never_came_is_not_counted(kvm: Kvm, vm: Vm) -> None:
     """KVM counts the VMs there are, and announces their number, whatever creations failed for want of memory before."""
@@ -173,7 +163,9 @@ def test_a_vm_that_never_came_is_not_counted(kvm: Kvm, vm: Vm) -> None:
                 outcome.answer.close()
         # 7.3.4: without memory for the VM's file the VM is destroyed, and leaves a count that it joins with that file only.
         after = count()
-        if not known_bug("B28").shows_if(after < before or after >= 1 << 63):
+        if after < before or after >= 1 << 63:
+            known_bug("B28").shows_if(True)  # its absence is another test's to tell: the file's memory may not have failed
+        else:
             assert after == before
 
 
@@ -307,7 +299,7 @@ def test_a_slot_moves_wholly_or_stays(vm: Vm, machine: GuestMachine, sweep: Swee
 @contract("GM-SLOT-026", "GM-SLOT-022")
 @requires("x86")
 def test_flags_of_a_slot_change_or_stay(vm: Vm, machine: GuestMachine, sweep: Sweep) -> None:
-    """Switching the dirty log of a plain slot on while memory is short is ENOMEM and it stays off, or switches it on."""
+    """Switching the dirty log of a plain slot on or off while memory is short is ENOMEM and changes nothing, or does it."""
     with Mapping.anonymous(SIZE) as memory, closing(machine.cpu()) as cpu:
         plain = MemoryRegion(0, GPA, SIZE, memory.address)
         logged = plain.but(flags=MemFlag.LOG_DIRTY)
@@ -325,11 +317,20 @@ def test_flags_of_a_slot_change_or_stay(vm: Vm, machine: GuestMachine, sweep: Sw
             assert cpu.load(GPA) == STAMP, outcome
 
         assert failed(sweep.answers(lambda: vm.raw.set_region(logged), check)) > 0
-        # To switch it off takes no memory.
+
+        # To switch it off takes memory as well, for the new slot that stands beside the old one meanwhile.
+        def check_off(outcome: Outcome[int | Errno]) -> None:
+            if outcome.answer == OK:
+                assert vm.raw.dirty_log(0, SIZE // PAGE_SIZE) == Errno.ENOENT, outcome
+                vm.set_region(logged)
+            else:
+                assert outcome.answer == Errno.ENOMEM, outcome
+                cpu.store(GPA + 2 * PAGE_SIZE, STAMP)
+                assert vm.dirty_pages(0, SIZE // PAGE_SIZE) == {2}, outcome
+            assert cpu.load(GPA) == STAMP, outcome
+
         vm.set_region(logged)
-        for outcome in sweep.over(lambda: vm.raw.set_region(plain)):
-            assert outcome.answer == OK, outcome
-            vm.set_region(logged)
+        assert failed(sweep.answers(lambda: vm.raw.set_region(plain), check_off)) > 0
 
 
 @contract("GM-BIND-020")
@@ -413,7 +414,9 @@ def test_a_conversion_is_whole_or_not_at_all(vm: Vm, gmem: GuestMemfd, machine: 
             vm.set_shared(GPA, SIZE)
             assert cpu.first_not(STAMP, GPA, pages) is None, outcome
 
-        assert failed(sweep.answers(lambda: vm.raw.set_attributes(GPA, SIZE, PRIVATE), check)) > 0
+        failures = failed(sweep.answers(lambda: vm.raw.set_attributes(GPA, SIZE, PRIVATE), check))
+        # All it allocates are nodes of an XArray, and a node that comes at the second try is no failure (__xas_nomem).
+        assert failures > 0 or sweep.memory.shortage is Shortage.MOMENTARY
         # To make them shared takes no memory: "Storing NULL never allocates" (kvm_vm_set_mem_attributes).
         vm.set_private(GPA, SIZE)
         for outcome in sweep.over(lambda: vm.raw.set_attributes(GPA, SIZE, 0)):
@@ -626,7 +629,8 @@ def test_a_guest_access_fails_for_once_and_is_tried_again(
     cpu.close()
     assert not outcome.injected
     assert errors > 0
-    assert MemoryFaultExit in exits
+    # Of the many allocations, those of page tables first, not all are tried one by one, and the page's is a single one.
+    assert MemoryFaultExit in exits or sweep.memory.shortage is Shortage.MOMENTARY
 
 
 LEAKS = DEBUGFS / "kmemleak"
@@ -643,6 +647,7 @@ def suspects() -> str:
 
 @contract("C20", "GM-RES-014")
 @requires("kmemleak")
+@would_show("B29")
 @test_timeout(120)
 @gmem_kinds("gM")
 def test_what_failed_leaks_no_memory(kvm: Kvm, vm: Vm, gmem_kind: GmemFlag, request: pytest.FixtureRequest) -> None:

@@ -7,20 +7,28 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from kvmgmem._native import lib
-from kvmgmem.abi import OK, PAGE_SIZE, Attribute, GmemFlag, MiB
+from kvmgmem.abi import OK, PAGE_SIZE, Attribute, GmemFlag, MiB, VmType
 from kvmgmem.arch.x86_64 import GuestMachine
 from kvmgmem.errors import Answer, Errno
 from kvmgmem.guest_memfd import GuestMemfd
+from kvmgmem.kvm import Kvm
+from kvmgmem.processes import Channel, ChildProcess
+from kvmgmem.syscalls import NUMBER
 from kvmgmem.testing import contract, disruptive, gmem_kinds, known_bug, requires, vm_types, wait_until, would_show
+from kvmgmem.testing.announcements import Announcements
 from kvmgmem.testing.fixtures import GPA, SIZE
 from kvmgmem.testing.hwpoison import poison
+from kvmgmem.testing.pending_signal import in_child_with_signal_pending
 from kvmgmem.testing.storm import Storm
 from kvmgmem.vcpu import Vcpu
 from kvmgmem.vm import Vm
+
+NOBODY = 65534
 
 
 def kill_by_smi(vcpu: Vcpu) -> None:
@@ -50,7 +58,7 @@ def test_a_vcpu_that_runs_while_its_vm_dies_never_runs_again(vm: Vm, gmem: Guest
 
 
 @contract("GM-VM-012", "GM-PF-017")
-@requires("smm", "prefault", "x86")
+@requires("smm", "prefault", "x86", "default-vm")
 @would_show("B27")
 @disruptive()
 @vm_types("default")
@@ -74,6 +82,64 @@ def test_a_prefault_ends_quietly_when_its_vm_dies(vm: Vm, machine: GuestMachine)
         assert answer in (OK, Errno.EIO)
         assert (gpa - GPA, left > 0) == (size - left, True), "it came to its end before the VM died"
         assert other.raw.pre_fault(gpa, left)[0] == Errno.EIO
+
+
+@contract("GM-RES-014")
+@requires("x86")
+@would_show("B29")
+@vm_types("default")
+def test_an_interrupted_creation_leaves_no_vm(kvm: Kvm, vm_type: VmType) -> None:
+    """A VM whose creation meets a pending signal is EINTR, with no descriptor, the next one comes, and all is quiet.
+
+    The signal ends mm_take_all_locks, late in kvm_create_vm: all that was made before has to be taken back.
+    """
+
+    def create_twice() -> tuple[Errno | None, bool]:
+        before = os.listdir("/proc/self/fd")
+        first = kvm.raw.create_vm(vm_type)
+        nothing_left = os.listdir("/proc/self/fd") == before
+        kvm.create_vm(vm_type).close()
+        return first if isinstance(first, Errno) else None, nothing_left
+
+    seen = in_child_with_signal_pending(
+        create_twice, lambda call: call.number == NUMBER["ioctl"] and call.arguments[1] == lib.KVM_CREATE_VM
+    )
+    assert seen == (Errno.EINTR, True)
+
+
+@contract("GM-RES-014")
+@requires("root")
+@disruptive()
+@vm_types("default")
+def test_a_vm_without_a_file_is_not_counted(kvm: Kvm, vm_type: VmType) -> None:
+    """A VM for which the system has no file left is ENFILE, with no descriptor, and KVM's count of VMs stays right."""
+    limit = Path("/proc/sys/fs/file-max")
+    usual = limit.read_text()
+
+    def create(channel: Channel) -> tuple[Errno | None, bool]:
+        lowest = os.dup(0)
+        os.close(lowest)
+        limit.write_text("0")
+        os.setresuid(NOBODY, NOBODY, NOBODY)  # the limit is not root's
+        answer = kvm.raw.create_vm(vm_type)
+        return answer if isinstance(answer, Errno) else None, os.dup(0) == lowest  # a directory could not be opened now
+
+    def count() -> int:
+        kvm.create_vm(vm_type).close()
+        return announced.next("create")
+
+    with closing(Announcements()) as announced:
+        before = count()
+        try:
+            with ChildProcess(create) as child:
+                seen = child.result()
+        finally:
+            limit.write_text(usual)
+        after = count()
+    assert seen == (Errno.ENFILE, True)
+    # 7.3.4: the VM is destroyed, and leaves a count that it joins with its file only.
+    if not known_bug("B28").shows_if(after < before or after >= 1 << 63):
+        assert after == before
 
 
 @contract("GM-HWP-006", "GM-RACE-006")

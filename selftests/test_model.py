@@ -131,7 +131,7 @@ def report(played: Played) -> str:
     return "\n".join([f"{played.finding}", "the shortest sequence found:", *played.lines()])
 
 
-# What the first 16 sequences come to on any kernel; the test sees to it that they did.
+# What the first 16 sequences come to on any kernel whose gmems can be mapped; the test sees to it that they did.
 @contract(
     "GM-BIND-001", "GM-BIND-002", "GM-BIND-003", "GM-BIND-012", "GM-BIND-014", "GM-BIND-020", "GM-BIND-022",
     "GM-BIND-023", "GM-BIND-032", "GM-CRE-001", "GM-CRE-004", "GM-CRE-005", "GM-FAL-002", "GM-FAL-003", "GM-FAL-004",
@@ -154,7 +154,8 @@ def test_any_sequence_of_operations_goes_as_the_model_says(request: pytest.Fixtu
         if importlib.util.find_spec("hypothesis"):
             by_hypothesis(traits, begin, max(1, round(DRAWN * effort)), tally)
     missed = set(rows_of(request.node)) - tally.rows
-    assert SEED != FIRST or effort < 1 or not missed, "the sequences never came to these rows"
+    all_kinds = any(traits.gmem_flags.values())
+    assert SEED != FIRST or effort < 1 or not all_kinds or not missed, "the sequences never came to these rows"
     known_bug("B14").shows_if(traits.overlap == "EINVAL")
     for bug in (*ALWAYS_SOUGHT, *sorted(set(tally.known) - set(ALWAYS_SOUGHT))):
         known_bug(bug).shows_if(bug in tally.known)

@@ -23,6 +23,7 @@ from kvmgmem.memory import MemoryRegion
 from kvmgmem.testing import (
     contract,
     gmem_kinds,
+    makes_gmem,
     requires,
     vm_types,
     wait_until,
@@ -79,7 +80,8 @@ def test_refusal_lasts_as_long_as_the_gmem(kvm: Kvm, vm: Vm, gmem: GuestMemfd) -
 
 
 @contract("C3")
-@requires("debugfs")
+@requires("debugfs", "no-quarantine")
+@makes_gmem()
 def test_refusals_leak_nothing(kvm: Kvm, vm: Vm, effort: float) -> None:
     """Refused binds leave nothing behind: neither kernel memory nor references to the gmem file or to either VM."""
     rounds = max(1000, int(10_000 * effort))
@@ -128,6 +130,7 @@ def _walk_the_allocator(kvm: Kvm, request: Any, rounds: int, cpu: int, answers: 
 
 
 @contract("C4", "C30")
+@makes_gmem()
 @pytest.mark.parametrize("threads", [1, 4])
 def test_address_of_the_owner_is_never_reused(kvm: Kvm, vm: Vm, threads: int, effort: float) -> None:
     """A gmem pins the struct kvm that created it, so that no later VM can come to lie at its address and pass for it.

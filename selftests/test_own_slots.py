@@ -1,18 +1,13 @@
 """GM-OWN: many files and many slots, each page bound once at most, all of a binding or nothing (C16 to C21)."""
 
 import contextlib
-import os
 import random
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvmgmem._native import ffi, lib
 from kvmgmem.abi import OK, PAGE_SIZE, MemFlag, MiB
-from kvmgmem.errors import Answer, Errno
+from kvmgmem.errors import Errno
 from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.kvm import Kvm
 from kvmgmem.memory import MemoryRegion
@@ -21,12 +16,13 @@ from kvmgmem.testing import (
     disruptive,
     gmem_kinds,
     known_bug,
+    makes_gmem,
     requires,
 )
 from kvmgmem.testing.dead_slots import is_dead
 from kvmgmem.testing.fixtures import GPA, SIZE, Bound, Running
 from kvmgmem.testing.vm_directory import VmDirectory
-from kvmgmem.vm import Vm, region2
+from kvmgmem.vm import Vm
 
 STAMP = 0x5EED_0000_0000_0001
 
@@ -113,6 +109,7 @@ RELATIONS: dict[str, tuple[int, int, bool]] = {
 
 
 @contract("C18")
+@makes_gmem()
 @pytest.mark.parametrize("edge", [64, 4096, 262144])
 def test_a_page_is_bound_once_at_most(vm: Vm, edge: int) -> None:
     """Each page of a gmem is bound to one slot at most, whichever way two ranges lie to each other.
@@ -181,98 +178,6 @@ def test_failed_binds_have_no_effect(kvm: Kvm, vm: Vm, gmem: GuestMemfd) -> None
             assert vm.raw.set_region(good) == OK, f"after: {name}"
             assert vm.raw.delete_region(0) == OK
     gmem.close()
-    vm.close()
-    directory.wait_gone()
-
-
-FAULT_KNOBS = Path("/sys/kernel/debug")
-
-
-@contextlib.contextmanager
-def failing_allocations() -> Iterator[None]:
-    """Let fail-nth hit the allocations that may sleep, which are all that matter here, and say nothing about it."""
-    wanted = {"ignore-gfp-wait": "N", "ignore-gfp-highmem": "N", "min-order": "0", "verbose": "0"}
-    places = [FAULT_KNOBS / injector / knob for injector in ("failslab", "fail_page_alloc") for knob in wanted]
-    before = {place: place.read_text().strip() for place in places if place.exists()}
-    try:
-        for place in before:
-            place.write_text(wanted[place.name])
-        yield
-    finally:
-        for place, value in before.items():
-            place.write_text(value)
-
-
-def fail_nth(nth: int, call: Callable[[], Answer]) -> tuple[Answer, bool]:
-    """Make a call whose nth allocation fails: its answer, and whether there was an nth (fault-injection.rst, fail-nth)."""
-    switch = os.open(f"/proc/self/task/{threading.get_native_id()}/fail-nth", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.write(switch, str(nth).encode())
-        answer = call()
-        left = int(os.pread(switch, 32, 0).split(b"\0")[0])
-        os.write(switch, b"0")
-    finally:
-        os.close(switch)
-    return answer, left == 0
-
-
-@contract("C20")
-@requires("fault-injection", "debugfs", "root")
-@disruptive()
-def test_binding_is_atomic_when_memory_is_short(vm: Vm) -> None:
-    """A bind during which an allocation fails answers ENOMEM and binds nothing, or succeeds and binds everything."""
-    begin, pages = 60, 4100  # three nodes of the table of bindings, and two levels
-    with vm.create_guest_memfd((begin + pages + 8) * PAGE_SIZE) as gmem, failing_allocations():
-        region = MemoryRegion(0, GPA, pages * PAGE_SIZE, gmem=gmem, gmem_offset=begin * PAGE_SIZE)
-        request = region2(region)
-        edges = [region.but(slot=1, gpa=ELSEWHERE, size=PAGE_SIZE, gmem_offset=page * PAGE_SIZE)
-                 for page in (begin, 63, 64, 4095, 4096, begin + pages - 1)]  # fmt: skip
-        failures = 0
-        for nth in range(1, 500):
-            answer, injected = fail_nth(nth, lambda: vm.raw.ioctl_struct(lib.KVM_SET_USER_MEMORY_REGION2, request))
-            if answer == OK:
-                for edge in edges:
-                    again = vm.raw.set_region(edge)
-                    if known_bug("B6").shows_if(again == OK):
-                        vm.delete_region(1)
-                    else:
-                        assert again in (Errno.EEXIST, Errno.EINVAL), (nth, again)
-                vm.delete_region(0)
-            else:
-                assert answer == Errno.ENOMEM, nth
-                failures += 1
-                for edge in edges:
-                    assert vm.raw.set_region(edge) == OK, (nth, edge)
-                    vm.delete_region(1)
-            if not injected:
-                break
-        assert answer == OK
-        assert not injected
-        assert failures > 0
-
-
-@contract("C20")
-@requires("fault-injection", "debugfs", "root")
-@disruptive()
-def test_creation_is_clean_when_memory_is_short(vm: Vm) -> None:
-    """Creating a gmem while an allocation fails answers ENOMEM and leaves no descriptor and no reference to the VM."""
-    directory = VmDirectory.of(vm)
-    fields = ffi.new("struct kvm_create_guest_memfd *", {"size": SIZE})
-    descriptors = sorted(os.listdir("/proc/self/fd"))
-    failures = 0
-    with failing_allocations():
-        for nth in range(1, 500):
-            answer, injected = fail_nth(nth, lambda: vm.raw.ioctl_struct(lib.KVM_CREATE_GUEST_MEMFD, fields))
-            if not isinstance(answer, Errno):
-                os.close(answer)
-            else:
-                assert answer == Errno.ENOMEM, nth
-                failures += 1
-            if not injected:
-                break
-    assert not isinstance(answer, Errno)
-    assert failures > 0
-    assert sorted(os.listdir("/proc/self/fd")) == descriptors
     vm.close()
     directory.wait_gone()
 

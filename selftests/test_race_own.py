@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from kvmgmem._native import lib
-from kvmgmem.abi import PAGE_SIZE, GiB, GmemFlag
+from kvmgmem.abi import PAGE_SIZE, Cap, GiB, GmemFlag
 from kvmgmem.arch.x86_64 import GuestMachine
 from kvmgmem.entry import ioctl_struct, syscall
 from kvmgmem.errors import Answer, Errno
@@ -167,7 +167,7 @@ def _close_range_and_exit() -> None:
 
 @contract("C25")
 @disruptive()
-@requires("debugfs", "x86")
+@requires("debugfs", "x86", cap=Cap.GUEST_MEMFD_FLAGS)
 @pytest.mark.parametrize("die", [_exit_group, _kill, _close_range_and_exit], ids=["exit_group", "SIGKILL", "close_range"])
 def test_a_process_that_dies_takes_its_running_vm_along(vm: Vm, die: Callable[[], None], storm: Storm) -> None:
     """A process that dies, or closes all it has, while its guest runs and its slots change leaves no VM behind."""

@@ -23,6 +23,7 @@ from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, vm_types
 from kvmgmem.testing.fixtures import GPA, Running
 from kvmgmem.testing.meminfo import meminfo
 from kvmgmem.testing.memory_cgroup import MemoryCgroup
+from kvmgmem.testing.slot_metadata import metadata_bytes
 from kvmgmem.testing.smaps import Smaps
 from kvmgmem.vm import Vm
 
@@ -384,11 +385,9 @@ def exact_kernel_bytes(group: MemoryCgroup) -> int:
 @requires("memcg", "root", "x86")
 @vm_types("default")
 def test_slot_metadata_is_charged_to_the_caller(host: Host, vm: Vm) -> None:
-    """KVM's tables for a slot are charged to who makes it: by its large pages, with shadow paging by every page too."""
-    size = 1 << 39 if host.paging == "tdp" else 2 * GiB
-    pages, large = size // PAGE_SIZE, size // (2 * MiB) + size // GiB
-    # x86.c:kvm_alloc_memslot_metadata: 4 bytes a large page, a reverse map of 8 and for every page 2 to track writes.
-    wanted = 4 * large + (0 if host.paging == "tdp" else 8 * (pages + large) + 2 * pages)
+    """KVM's tables for a slot are charged to who makes it: by its large pages, without the TDP MMU by every page too."""
+    size = 1 << 39 if host.tdp_mmu else 2 * GiB
+    wanted = metadata_bytes(host, size // PAGE_SIZE)
     # The address is never looked at unless a guest touches the slot.
     region = MemoryRegion(slot=1, gpa=size, size=size, hva=MiB)
     with MemoryCgroup() as group:

@@ -136,7 +136,7 @@ def test_neighbours_of_a_faulting_page_come_from_gmem(vm: Vm, gmem: GuestMemfd, 
     with Mapping.anonymous(SIZE) as unrelated:
         unrelated.fill(FILLER)
         seen = neighbours(vm, gmem, cpu, unrelated.address)
-        if host.paging == "shadow" or host.parameters.get("kvm.tdp_mmu") == "N":
+        if not host.tdp_mmu:
             known_bug("B24").expect(seen, GMEM_BESIDE, shows=[1] + [FILLED] * (GROUP - 1))
         else:
             assert seen == GMEM_BESIDE

@@ -19,6 +19,7 @@ from kvmgmem.processes import Channel, ChildProcess
 from kvmgmem.testing import contract, disruptive, gmem_kinds, known_bug, requires, vm_types, wait_until
 from kvmgmem.testing.fixtures import GPA, SIZE, Running
 from kvmgmem.testing.memory_cgroup import MemoryCgroup
+from kvmgmem.testing.waiting import TIME_SCALE
 from kvmgmem.vm import Vm
 
 PROT_NONE = 0
@@ -224,7 +225,7 @@ def test_a_vcpu_without_any_slot_gives_up(kvm: Kvm, vm_type: VmType, host: Host)
     """
     with kvm.create_vm(vm_type) as vm, vm.create_vcpu() as vcpu:
         result = vcpu.raw.run()
-        if host.paging == "shadow" or host.parameters.get("kvm.tdp_mmu") == "N":
+        if not host.tdp_mmu:
             assert result == RunResult(Errno.ENOSPC, UNKNOWN)
         else:
             assert result.answer == OK
@@ -299,11 +300,13 @@ def test_an_event_that_cannot_be_delivered_is_an_internal_error(vm: Vm, cpu: Gue
         cpu.close()
         cpu = cpu.machine.cpu(1, mode)
     cpu.set_interrupt_table(NOWHERE)
-    result = cpu.attempt("undefined")
-    assert result.answer == OK
-    assert isinstance(result.exit, InternalErrorExit)
-    assert result.exit.suberror == INTERNAL_ERROR_DELIVERY
-    assert result.exit.data[3] == NOWHERE + UNDEFINED_OPCODE * GATE_SIZE
+    result = cpu.attempt("undefined", timeout=3 * TIME_SCALE)
+    no_emulation = isinstance(result.exit, InternalErrorExit) and result.exit.suberror == INTERNAL_ERROR_EMULATION
+    if not known_bug("B33").shows_if(result.expired if mode is Mode.USER else no_emulation):
+        assert result.answer == OK
+        assert isinstance(result.exit, InternalErrorExit)
+        assert result.exit.suberror == INTERNAL_ERROR_DELIVERY
+        assert result.exit.data[3] == NOWHERE + UNDEFINED_OPCODE * GATE_SIZE
     cpu.close()
 
 

@@ -19,7 +19,7 @@ from kvmgmem.host import Host, kernel_config
 from kvmgmem.kvm import Kvm
 from kvmgmem.memory import Mapping, MemoryRegion
 from kvmgmem.processes import LIMIT, in_child, spawn_python
-from kvmgmem.testing import contract, gmem_kinds, requires, vm_types, wait_until
+from kvmgmem.testing import contract, gmem_kinds, makes_gmem, requires, vm_types, wait_until
 from kvmgmem.testing.descriptor_limit import no_descriptors
 from kvmgmem.testing.fixtures import GPA, SIZE
 from kvmgmem.testing.kernel_log import KernelLog
@@ -176,7 +176,7 @@ def test_sw_protected_type_needs_its_option_and_the_tdp_mmu(kvm: Kvm, host: Host
     """The software-protected type is offered if and only if the kernel has its option and uses the TDP MMU."""
     # x86: kvm_x86_vendor_init sets the bit for CONFIG_KVM_SW_PROTECTED_VM && tdp_mmu_enabled; the parameter `tdp_mmu` is
     # what was asked for, and counts with two-dimensional paging only (mmu:kvm_configure_mmu).
-    tdp_mmu = host.parameters["kvm.tdp_mmu"] == "Y" and host.paging == "tdp"
+    tdp_mmu = host.parameters["kvm.tdp_mmu"] == "Y" and host.tdp_mmu
     config = kernel_config()
     offered = type_offered(kvm, VmType.SW_PROTECTED)
     if config is None:
@@ -334,6 +334,7 @@ def test_source_of_a_sev_move_is_dead(kvm: Kvm) -> None:
 
 @contract("GM-VM-013")
 @requires("debugfs")
+@makes_gmem()
 def test_name_in_debugfs_of_a_living_vm_is_no_obstacle(kvm: Kvm, vm_type: VmType) -> None:
     """A VM whose name in debugfs still belongs to an older VM is created all the same, without a directory."""
     with closing(KernelLog()) as log, kvm.create_vm(vm_type) as first:

@@ -63,3 +63,29 @@ def test_fails_too(kvm):
     }, done.stdout.str()
     assert ends["test_shows"]["kernel_log"] == [REPORT]
     assert int(done.ret) == ExitCode.KERNEL
+
+
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm on this machine")
+@pytest.mark.parametrize(("needs", "absent"), [("guest-memfd", ["B27"]), ("no-such-code", [])])
+def test_silence_says_something_only_where_the_bug_could_speak(
+    pytester: pytest.Pytester, needs: str, absent: list[str]
+) -> None:
+    """A kernel without what makes it complain is not said to be without the bug."""
+    pytester.path.joinpath("kmsg").write_text("")
+    pytester.makepyfile(
+        HEAD
+        + f"""
+from dataclasses import replace
+from kvmgmem.catalogue import known_bugs
+from kvmgmem.testing.requirements import REQUIREMENTS, Requirement
+REQUIREMENTS["no-such-code"] = Requirement("no-such-code", lambda host: False, "this kernel has none")
+known_bugs.load = lambda bugs=known_bugs.load(): {{**bugs, "B27": replace(bugs["B27"], report_needs=({needs!r},))}}
+@would_show("B27")
+def test_quiet(kvm):
+    pass
+"""
+    )
+    results = pytester.path / "results.jsonl"
+    pytester.runpytest_subprocess("-p", "no:cacheprovider", f"--results={results}", timeout=90)
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [record["bugs_absent"] for record in records if record["record"] == "test-end"] == [absent]

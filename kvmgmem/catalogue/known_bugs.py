@@ -36,6 +36,8 @@ class KnownBug:
     cve: str = ""
     report: str = ""
     """What the kernel's complaint begins with, as a regular expression, if it shows by one whose cause is certain."""
+    report_needs: tuple[str, ...] = ()
+    """The requirements without which no kernel complains like that, and its silence says nothing."""
     not_tested_because: str = ""
     """One sentence: why no test here can show it. "" if one can, and the test names the bug."""
 
@@ -54,7 +56,8 @@ class KnownBug:
 
 
 def _bug(fields: dict[str, Any]) -> KnownBug:
-    return KnownBug(**{**fields, "rows": tuple(fields["rows"]), "commits": tuple(fields["commits"])})
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return KnownBug(**{**fields, **lists})
 
 
 @cache

@@ -344,7 +344,7 @@ def _prefetches() -> bool:
     from kvmgmem import host as host_facts
 
     host = host_facts.probe()
-    return host.paging == "shadow" or host.parameters.get("kvm.tdp_mmu") == "N"
+    return not host.tdp_mmu
 
 
 def step_lines(steps: Iterable[Step]) -> str:

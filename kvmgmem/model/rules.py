@@ -296,7 +296,7 @@ class Model:
             return self._by("GM-MAP-008", Errno.EINVAL)
         if step.offset // P > (S64 - 1 - step.pages * P) // P:
             return self._by("GM-MAP-010", Errno.EOVERFLOW)
-        if step.executable:
+        if step.executable and self.traits.noexec:
             return self._by("GM-MAP-004", Errno.EPERM)
         if not file.flags & GmemFlag.MMAP:
             return self._by("GM-MAP-001" if step.shared else "GM-MAP-003", Errno.ENODEV)
@@ -465,7 +465,7 @@ class Model:
     def prefault(self, step: do.Prefault) -> Answer:
         """Pages up to the first that cannot be, and success if there was one."""
         cpu = self.state.find(step.cpu)
-        if not isinstance(cpu, Cpu):
+        if not isinstance(cpu, Cpu) or not self.traits.prefault_ends:
             return Plain.SKIPPED
         if step.flags or step.gpa % P or step.size % P or step.size == 0 or step.gpa + step.size >= U64:
             return self._by("GM-PF-001" if step.flags else "GM-PF-002", Left(Errno.EINVAL, step.gpa, step.size))

@@ -1,18 +1,23 @@
 """In what kernels differ, as far as the model cares: switches, each set by asking the kernel, never by its release."""
 
 import dataclasses
+import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvmgmem.abi import PAGE_SIZE, GiB, VmType
 from kvmgmem.errors import Errno
-from kvmgmem.memory import MemoryRegion
+from kvmgmem.memory import Mapping, MemoryRegion
+from kvmgmem.testing.interruption import within
+from kvmgmem.testing.waiting import TIME_SCALE
 
 if TYPE_CHECKING:
+    from kvmgmem.kvm import Kvm
     from kvmgmem.vm import Vm
 
 GPA_BITS = range(36, 64)
 HVA_BITS = (47, 56)
+LOOP_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class KernelTraits:
     """What binding a bound range of the file answers: EEXIST, or EINVAL before 7.2 (GM-BIND-014)."""
     limit_before_overlap: bool
     """Whether a slot beyond the limit of guest addresses is found before its file range is (GM-BIND-019, 7.3.2)."""
+    noexec: bool
+    """Whether an executable mapping is refused before all else (GM-MAP-004, since 6.16)."""
+    prefault_ends: bool
+    """Whether a prefault ends that comes after a slot was deleted; where it does not (B30), the model asks for none."""
 
     @property
     def vm_types(self) -> tuple[int, ...]:
@@ -63,6 +72,8 @@ REFERENCE = KernelTraits(
     hva_limit=(1 << 47) - PAGE_SIZE,
     overlap="EEXIST",
     limit_before_overlap=True,
+    noexec=True,
+    prefault_ends=True,
 )
 """Linux 7.3.4 with software-protected VMs: for the model alone, where there is no kernel to ask."""
 
@@ -85,8 +96,8 @@ def probe() -> KernelTraits:
                 gmem_flags[int(vm_type)] = sum(1 << bit for bit in range(64) if _creates(vm, 1 << bit))
                 spaces[int(vm_type)] = _spaces(vm)
                 attributes[int(vm_type)] = _attributes(vm)
-        with kvm.create_vm() as vm:
-            overlap, limit_first = _overlap(vm) if vm.type in gmem_flags else ("EEXIST", True)
+        with kvm.create_vm(min(gmem_flags, default=VmType.DEFAULT)) as vm:
+            overlap, limit_first, noexec = _asked_of_a_gmem(vm) if gmem_flags else ("EEXIST", True, True)
             return KernelTraits(
                 gmem_flags,
                 spaces,
@@ -96,6 +107,8 @@ def probe() -> KernelTraits:
                 _hva_limit(vm),
                 overlap,
                 limit_first,
+                noexec,
+                _prefault_ends(kvm),
             )
 
 
@@ -157,12 +170,23 @@ def _hva_limit(vm: "Vm") -> int:
     return inside
 
 
-def _overlap(vm: "Vm") -> tuple[str, bool]:
+def _asked_of_a_gmem(vm: "Vm") -> tuple[str, bool, bool]:
     with vm.create_guest_memfd(PAGE_SIZE) as gmem:
         whole = MemoryRegion(slot=1, gpa=GiB, size=PAGE_SIZE, gmem=gmem)
         vm.set_region(whole)
         overlap = vm.raw.set_region(whole.but(slot=2, gpa=2 * GiB))
         both = vm.raw.set_region(whole.but(slot=2, gpa=1 << 62))
         vm.delete_region(1)
+        executable = gmem.raw.map(prot=mmap.PROT_EXEC)
     # A kernel that accepts the second binding has no right answer of its own: the contract's is what it is held against.
-    return ("EINVAL" if overlap == Errno.EINVAL else "EEXIST"), both == Errno.EINVAL
+    return ("EINVAL" if overlap == Errno.EINVAL else "EEXIST"), both == Errno.EINVAL, executable == Errno.EPERM
+
+
+def _prefault_ends(kvm: "Kvm") -> bool:
+    """Asked with a timer beside it, whose signal ends what would not."""
+    with kvm.create_vm() as vm, vm.create_vcpu() as vcpu, Mapping.anonymous(PAGE_SIZE) as memory:
+        for slot in (0, 1):
+            vm.set_region(MemoryRegion(slot, (slot + 1) * GiB, PAGE_SIZE, memory.address))
+        vcpu.raw.pre_fault(GiB, PAGE_SIZE)  # now the vCPU has page tables
+        vm.delete_region(0)
+        return within(LOOP_SECONDS * TIME_SCALE, lambda: vcpu.raw.pre_fault(2 * GiB, PAGE_SIZE))[0] != Errno.EINTR

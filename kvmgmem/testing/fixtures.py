@@ -149,7 +149,8 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     if wants_kind:
         metafunc.parametrize(("vm_type", "gmem_kind"), [param for vm_type in types for param in _kinds(metafunc, vm_type)])
     else:
-        metafunc.parametrize("vm_type", [_type_param(vm_type) for vm_type in types])
+        wants_gmem = metafunc.definition.get_closest_marker("makes_gmem") is not None
+        metafunc.parametrize("vm_type", [_type_param(vm_type, wants_gmem) for vm_type in types])
 
 
 def _chosen(metafunc: pytest.Metafunc, marker: str, default: str) -> tuple[str, ...]:
@@ -163,8 +164,8 @@ def _requirement(vm_type: VmType, wants_gmem: bool) -> list[str]:
     return [vm_type.label]
 
 
-def _type_param(vm_type: VmType) -> object:
-    return pytest.param(vm_type, id=vm_type.label, marks=_marks(_requirement(vm_type, False)))
+def _type_param(vm_type: VmType, wants_gmem: bool) -> object:
+    return pytest.param(vm_type, id=vm_type.label, marks=_marks(_requirement(vm_type, wants_gmem)))
 
 
 def _kinds(metafunc: pytest.Metafunc, vm_type: VmType) -> list[object]:

@@ -43,6 +43,11 @@ def gmem_kinds(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.gmem_kinds(*names)
 
 
+def makes_gmem() -> pytest.MarkDecorator:
+    """The test makes gmems of `vm` by itself, without the fixture: a type of VM without them is a skip, as with `gmem`."""
+    return pytest.mark.makes_gmem
+
+
 def disruptive() -> pytest.MarkDecorator:
     """The test can take down a kernel with known bugs, poison memory or exhaust it: guests run it, a host when asked."""
     return pytest.mark.disruptive

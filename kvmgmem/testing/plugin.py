@@ -80,6 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "requires(*names): what the test needs of the kernel under test",
         "vm_types(*labels): the VM types it runs on",
         "gmem_kinds(*names): the gmem kinds it runs on",
+        "makes_gmem: it makes gmems without the fixture, so VM types that have none are skipped",
         "would_show(*bugs): known bugs that would make the kernel complain, hang or die under the test",
         "disruptive: it can take a kernel with known bugs down; a host runs it only with --disruptive",
         "test_timeout(seconds): its own budget",

@@ -2,11 +2,13 @@
 
 import contextlib
 import gc
+import math
 import os
 import platform
 import shlex
 import signal
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ from kvmgmem.results.records import (
     Verdict,
 )
 from kvmgmem.results.stream import ResultStream
-from kvmgmem.testing import debugfs
+from kvmgmem.testing import debugfs, requirements
 from kvmgmem.testing.isolation import ChildOutcome, adopt_orphans, keep, run_isolated
 from kvmgmem.testing.kernel_log import KernelLog
 from kvmgmem.testing.lifetime import GONE_LIMIT, LifetimeWatch, WatchError, debugfs_vms
@@ -138,11 +140,16 @@ class Session:
 
     def run(self, item: pytest.Item, limit: float) -> tuple[list[pytest.TestReport], Judged]:
         """Run one test in a process of its own, write its records, and return pytest's reports and the verdict."""
-        self._write_start(item)
+        self._write_start(item, limit)
         self._await_watch()
         start = time.perf_counter()
-        outcome = run_isolated(item, limit)
-        judged = self._judge(outcome, limit, reported_bugs_of(item))
+        outcome = ChildOutcome(complete=True)
+        try:
+            outcome = run_isolated(item, limit)
+            judged = self._judge(outcome, limit, reported_bugs_of(item))
+        except Exception as error:  # ours, not the kernel's: it costs this test, and not those after it
+            why = f"the runner failed: {type(error).__name__}: {error}"
+            judged = Judged(Verdict.ERROR, why.splitlines()[0], traceback.format_exc())
         duration = time.perf_counter() - start
         self._write_end(item, judged, duration, duration - outcome.inner_seconds)
         return _reports_for(item, outcome, judged, duration), judged
@@ -164,9 +171,10 @@ class Session:
         self._write_end(item, judged, 0.0, 0.0)
         return _reports_for(item, ChildOutcome(complete=True), judged, 0.0), judged
 
-    def _write_start(self, item: pytest.Item) -> None:
+    def _write_start(self, item: pytest.Item, limit: float = 0.0) -> None:
         rows = rows_of(item)
-        self.write(TestStart(item.nodeid, time.time(), area_of(item), rows, rule_of(item)))
+        told = limit if math.isfinite(limit) else 0.0
+        self.write(TestStart(item.nodeid, time.time(), area_of(item), rows, rule_of(item), told))
 
     def _write_end(self, item: pytest.Item, judged: Judged, duration: float, overhead: float) -> None:
         self.counts[judged.verdict] = self.counts.get(judged.verdict, 0) + 1
@@ -353,7 +361,7 @@ def reported_bugs_of(item: pytest.Item) -> "list[KnownBug]":
     from kvmgmem.catalogue import known_bugs
 
     named = [known_bugs.get(bug_id) for mark in item.iter_markers("would_show") for bug_id in mark.args]
-    return [bug for bug in named if bug.report]
+    return [bug for bug in named if bug.report and requirements.first_missing(bug.report_needs) is None]
 
 
 def area_of(item: pytest.Item) -> str | None:

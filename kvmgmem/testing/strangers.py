@@ -40,10 +40,12 @@ def complaints_about(other: Vm, gmem: GuestMemfd, name: str) -> list[str]:
 
 
 def complaints(kvm: Kvm, older: Vm, gmem: GuestMemfd) -> list[str]:
-    """`complaints_about` for VMs of this process: one older than the gmem, and younger ones of every type."""
+    """`complaints_about` for VMs of this process: one older than the gmem, and younger ones of every type with gmems."""
     wrong = complaints_about(older, gmem, "an older VM")
     for vm_type in (offered for offered in kvm.vm_types() if offered in PLAIN_TYPES):
         with kvm.create_vm(vm_type) as younger:
+            if not younger.check_extension(Cap.GUEST_MEMFD):
+                continue
             wrong += complaints_about(younger, gmem, f"a younger {vm_type.label} VM")
     return wrong
 

@@ -334,6 +334,40 @@ def test_a_test_that_never_ends_after_an_oops_is_charged(results: Path) -> None:
     assert "NULL pointer" in reason(run, "a")
 
 
+TORN = console(
+    "[    2.000002] Oops: int3: 0000 [#1] SMP NOPTI",
+    "[    2.000003] ---[ end trace 0000000000000000 ]---",
+)
+
+
+def torn_boot(*tests: str, ends: bool = False) -> list[list[Line] | None]:
+    """A boot whose first test meets a torn instruction, whether or not it comes to its end."""
+    end = [record("test-end", test=tests[0], verdict="passed")] if ends else []
+    return [[*GREETING, RUN_START, plan(*tests), record("test-start", test=tests[0]), *TORN, *end], None]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_only_the_emulator_did_is_no_verdict(results: Path, ends: bool) -> None:
+    """A kernel that dies of an int3 under TCG with several CPUs is booted again, and the test is begun again."""
+    last = [*GREETING, RUN_START, plan("a", "b"), *passing("a"), *passing("b"), RUN_END, GOODBYE]
+    scripted = Scripted(results, torn_boot("a", "b", ends=ends), torn_boot("a", "b", ends=ends), [last])
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PASSED}
+    assert sum("a is begun again: kernel oops: Oops: int3" in note for note in scripted.notes) == 2
+    assert exit_code(run) == ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("machine", "chances"), [(MACHINE, 2), (replace(MACHINE, cpus=1), 0), (replace(MACHINE, accelerator="kvm"), 0)]
+)
+def test_an_int3_that_comes_again_is_the_kernels_own(results: Path, machine: Machine, chances: int) -> None:
+    """Two further chances and no more; none where no other CPU could have torn an instruction."""
+    boots = [torn_boot("a") for _ in range(chances + 1)]
+    run = Scripted(results, *boots, machine=machine).run()
+    assert verdicts(run) == {"a": Verdict.PANICKED}
+    assert "int3" in reason(run, "a")
+
+
 def test_silence_is_a_hang_and_an_nmi_asks_where(results: Path) -> None:
     """No record and no heartbeat; the monitor is told to inject an NMI before the guest is given up."""
     scripted = Scripted(results, [[*GREETING, RUN_START, plan("a"), record("test-start", test="a")], None])
@@ -342,6 +376,25 @@ def test_silence_is_a_hang_and_an_nmi_asks_where(results: Path) -> None:
     assert "no sign of life" in reason(run, "a")
     assert "all CPUs wait" in reason(run, "a")
     assert (QMP, {"execute": "inject-nmi"}) in scripted.guests[0].sent
+
+
+class Starved(ScriptedQemu):
+    """A guest whose threads wait for a CPU of the host's, three of them all the time."""
+
+    def starved_seconds(self) -> float:
+        """Three seconds a second."""
+        return 3 * (time.monotonic() - self.started)
+
+
+@pytest.mark.parametrize(("guest", "waited"), [(ScriptedQemu, "1"), (Starved, "[2-4]")])
+def test_a_guest_that_the_host_starves_has_longer_to_boot(results: Path, guest: type[ScriptedQemu], waited: str) -> None:
+    """A busy host is not the kernel's fault; but it is waited for once, lest it hold us for ever."""
+    scripted = Scripted(results, [], [], limits=Limits(boot=1))
+    scripted._waiting[:] = [guest([[], None]), guest([[], None])]
+    with pytest.raises(HarnessError, match=f"said nothing on its serial console within {waited} s"):
+        scripted.run()
+    text = results.read_text()
+    assert text.count("the host is busy") == (2 if guest is Starved else 0)
 
 
 class Beating(ScriptedQemu):
@@ -362,6 +415,16 @@ def test_a_runner_that_is_stuck_in_a_live_guest_is_a_timeout(results: Path) -> N
     run = scripted.run()
     assert verdicts(run) == {"a": Verdict.TIMEOUT}
     assert "the guest is alive" in reason(run, "a")
+
+
+def test_a_test_has_the_time_that_its_runner_gives_it(results: Path) -> None:
+    """Some tests may take longer than the rest: the runner ends them, and the supervisor waits for it to."""
+    scripted = Scripted(results, [])
+    start = record("test-start", test="a", limit=0.5)
+    scripted._waiting[:] = [Beating([[*GREETING, RUN_START, plan("a"), start], None])]
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.TIMEOUT}
+    assert "within 1 s" in reason(run, "a")
 
 
 def test_a_runner_that_is_stuck_between_tests_costs_a_boot(results: Path) -> None:
@@ -423,6 +486,22 @@ def test_a_test_whose_end_never_arrives_is_an_error(results: Path) -> None:
     script = [*GREETING, RUN_START, plan("a", "b"), record("test-start", test="a"), *passing("b"), RUN_END, GOODBYE]
     run = Scripted(results, [script]).run()
     assert verdicts(run) == {"a": Verdict.ERROR, "b": Verdict.PASSED}
+
+
+def test_an_internal_error_of_the_runner_is_named(results: Path) -> None:
+    """Pytest ended in the middle of a test and said why: the test's record says it too."""
+    said = """INTERNALERROR> Traceback (most recent call last):
+INTERNALERROR>   File "/kvmgmem/kvmgmem/testing/session.py", line 144, in run
+INTERNALERROR>     outcome = run_isolated(item, limit)
+INTERNALERROR> ValueError: nothing left
+
+no tests ran in 1.00s
+"""
+    end = control("goodbye", exit=4, signal=None, output=said)
+    run = Scripted(results, [[*GREETING, RUN_START, plan("a"), record("test-start", test="a"), RUN_END, end]]).run()
+    assert verdicts(run) == {"a": Verdict.ERROR}
+    place = 'File "/kvmgmem/kvmgmem/testing/session.py", line 144, in run'
+    assert reason(run, "a") == f"the runner failed: ValueError: nothing left ({place})"
 
 
 def test_boots_are_bounded_and_the_rest_is_not_run(results: Path) -> None:
@@ -770,7 +849,7 @@ def evil_run(guest: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     directory = tmp_path_factory.mktemp("evil")
     tamperer = Tamperer()
     # The stand-ins go on for a second after a complaint; on a busy machine that takes longer, so an oops has more.
-    limits = Limits(boot=120, silence=6, test=90, shutdown=5, oops=5, nmi=3)
+    limits = Limits(boot=120, silence=6, test=90, shutdown=5, oops=20, nmi=3)
     request = Request(guest, directory / "results.jsonl", tuple(EXPECTED), limits=limits, console=directory / "console")
     supervisor = Supervisor(request, tamperer, tamperer.start)
     code = supervisor.run()

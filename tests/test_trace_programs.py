@@ -310,6 +310,45 @@ def test_a_trace_of_kvm_is_repeated(record: Any, capsys: pytest.CaptureFixture[s
     assert "recorded: EPERM" in told
 
 
+@needs_cc
+@pytest.mark.parametrize(
+    ("verb", "options", "repeat"),
+    [
+        ("replay", (), "kvmgmem replay {trace} --kernel 7.3"),
+        (
+            "replay",
+            ("--variant=npt0", "--append=a=1 b", "--test=the test"),
+            "kvmgmem replay {trace} --kernel 7.3 --variant npt0 '--append=a=1 b' --test 'the test'",
+        ),
+        ("repro", ("-o", "{c}"), "kvmgmem repro {trace} -o {c} --kernel 7.3"),
+        (
+            "repro",
+            ("-o", "{c}", "--append=a=1", "--expect=p0.1=0", "--all"),
+            "kvmgmem repro {trace} -o {c} --kernel 7.3 --append=a=1 --expect=p0.1=0 --all",
+        ),
+    ],
+)
+def test_what_fails_in_a_guest_is_repeated_by_its_own_command(
+    record: Any, monkeypatch: pytest.MonkeyPatch, verb: str, options: tuple[str, ...], repeat: str
+) -> None:
+    """The selftest that such a guest runs is made for it alone: nobody can be told to run that again."""
+    asked = []
+
+    def run_vm(args: Any) -> int:
+        asked.append((args.repeat, args.kernel, args.variant, args.append))
+        return 0
+
+    monkeypatch.setattr("kvmgmem.lab.vm_cli.run_vm", run_vm)
+    trace = record(memory)
+    names = {"trace": str(trace), "c": str(trace.with_name("bug.c"))}
+    options = tuple(option.format(**names).replace("p0.1", find_check(load(trace)).step.id) for option in options)
+    assert cli.main([verb, str(trace), "--kernel", "7.3", *options]) == ExitCode.OK
+    wanted = repeat.format(**names).replace("p0.1", find_check(load(trace)).step.id)
+    variant = "npt0" if "--variant=npt0" in options else "plain"
+    append = next((option.partition("=")[2] for option in options if option.startswith("--append=")), "")
+    assert asked == [(wanted, "7.3", variant, append)]
+
+
 # -- the plugin
 
 

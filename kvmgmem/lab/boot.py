@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from kvmgmem.errors import HarnessError
+from kvmgmem.lab import guest_gcov
 from kvmgmem.lab.ending import Cause, Ending, init_failure, internal_error, silence_text
 from kvmgmem.lab.guest_init import PROTOCOL
 from kvmgmem.lab.limits import Limits
@@ -23,6 +24,9 @@ PSEUDO_PREFIX = "kernel::"
 """Node ids of what happens while no test is open."""
 
 EXCERPT_LINES = 60
+RUNNER_GRACE = 2.0
+"""How much longer a test may take than the runner gives it: to end it is the runner's business."""
+
 GARBAGE_LIMIT = 1 << 20
 """Bytes of garbage on the result channel after which the guest is given up."""
 
@@ -53,6 +57,9 @@ class Account(Protocol):
 
     def note_guest_end(self, end: RunEnd) -> None:
         """Keep what a runner ended with."""
+
+    def keep_counters(self, message: dict[str, Any]) -> None:
+        """Keep what the kernel counted. Raises ValueError for what is no such message."""
 
     def pseudo_test(self) -> str:
         """A new node id for what happened while no test was open."""
@@ -91,6 +98,7 @@ class Boot:
         self._sign_cpu = 0.0
         self._sign_starved = 0.0
         self._pardoned = 0.0
+        self._boot_pardoned = 0.0
         self._nmi_since: float | None = None
         self._silence_text = ""
         if snapshot is not None and resumed:
@@ -144,13 +152,17 @@ class Boot:
         if self._fatal_since is not None:
             return [self._fatal_since + (limits.shutdown if self._fatal is Kind.PANIC else limits.oops)]
         if not self._run_started:
-            return [self._qemu.started + limits.boot]
+            return [max(self._qemu.started, self._boot_pardoned) + limits.boot]
         silence = max(self._sign, self._pardoned) + limits.silence
         # A test's limit counts while there are heartbeats; without them it is not known to be the runner's fault.
         if time.monotonic() - self._sign < 2.5 * limits.heartbeat:
             # Without an open test, too: a runner may be stuck in what it does between tests, and init goes on beating.
-            return [silence, (self._last_record if self._open is None else self._open_since) + limits.test]
+            return [silence, (self._last_record if self._open is None else self._open_since) + self._test_limit()]
         return [silence]
+
+    def _test_limit(self) -> float:
+        """What the open test may take: some have the runner's leave for longer than the rest."""
+        return max(self._limits.test, RUNNER_GRACE * self._open.limit if self._open is not None else 0.0)
 
     def _alive(self) -> None:
         self._sign = time.monotonic()
@@ -183,6 +195,11 @@ class Boot:
             self._send_job()
         elif record == "heartbeat":
             self._account.write(Heartbeat(time.time()))
+        elif record in (guest_gcov.COUNTERS, guest_gcov.END):
+            try:
+                self._account.keep_counters(message)
+            except ValueError as error:
+                self._on_garbage(line.data, "the control channel", str(error))
         elif record == "goodbye":
             self._goodbye = message
 
@@ -337,24 +354,32 @@ class Boot:
         if self._fatal_since is not None:
             return self._fatal_ending()
         if not self._run_started:
-            return self._no_boot_ending()
+            return self._on_boot_limit(now)
         if now >= max(self._sign, self._pardoned) + self._limits.silence:
             return self._on_silence(now)
         what = "did not end this test" if self._open is not None else "did nothing between two tests"
-        limit = f"{self._limits.test:.0f} s"
+        limit = f"{self._test_limit():.0f} s"
         return Ending(Cause.STUCK, f"the runner {what} within {limit}, although the guest is alive", self._excerpt())
+
+    def _is_starved(self, seconds: float, starved: float) -> bool:
+        """Whether the host gave QEMU no CPU for most of that time, which is not the guest's doing; noted if so."""
+        if starved <= seconds:
+            return False
+        text = f"the host is busy: within {seconds:.0f} s, QEMU's threads waited {starved:.0f} s for a CPU"
+        self._account.write(Note(time.time(), text))
+        return True
+
+    def _on_boot_limit(self, now: float) -> Ending | None:
+        # Once, lest a busy host holds us for ever.
+        if not self._boot_pardoned and self._is_starved(now - self._qemu.started, self._qemu.starved_seconds()):
+            self._boot_pardoned = now
+            return None
+        return self._no_boot_ending(now - self._qemu.started)
 
     def _on_silence(self, now: float) -> Ending | None:
         silent = now - self._sign
-        starved = self._qemu.starved_seconds() - self._sign_starved
-        if starved > silent and not self._pardoned:
-            # The host gave QEMU no CPU: that is not the guest's silence. Once, lest a busy host holds us for ever.
+        if not self._pardoned and self._is_starved(silent, self._qemu.starved_seconds() - self._sign_starved):
             self._pardoned = now
-            self._account.write(
-                Note(
-                    time.time(), f"the host is busy: within {silent:.0f} s, QEMU's threads waited {starved:.0f} s for a CPU"
-                )
-            )
             return None
         used = self._qemu.cpu_seconds() - self._sign_cpu
         self._silence_text = silence_text(silent, used)
@@ -376,8 +401,8 @@ class Boot:
             return Ending(cause, f"{self._fatal} under {self._last_end.test if self._last_end else 'no test'}")
         return Ending(cause, splats[-1].reason if len(splats) == 1 else splats[0].reason, splats[0].lines)
 
-    def _no_boot_ending(self) -> Ending:
-        limit = f"{self._limits.boot:.0f} s"
+    def _no_boot_ending(self, waited: float) -> Ending:
+        limit = f"{waited:.0f} s"
         if not self.whole_console:
             reason = f"the kernel said nothing on its serial console within {limit}"
         elif not self._hello:

@@ -141,6 +141,11 @@ def _serve(control: Control) -> None:
     _catch_up(job)
     runner.begin(job)
     status = _watch(control, runner.pid, float(job.get("heartbeat", HEARTBEAT_SECONDS)))
+    if job.get("counters"):
+        from kvmgmem.lab.guest_gcov import messages
+
+        for record, fields in messages():
+            control.send(record, **fields)
     code = os.waitstatus_to_exitcode(status)
     control.send(
         "goodbye",

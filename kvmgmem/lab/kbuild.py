@@ -191,9 +191,14 @@ def _make_image(request: BuildRequest, progress: Progress) -> None:
             progress.update(" ".join(line.split()[-1:]), min(steps / total, 0.99))
 
 
-# GCOV_PROFILE is what a folder's Makefile sets to be instrumented. Given on the command line it overrides those
-# Makefiles, and as make expands it per object, the folder being built decides: KVM's own, and nothing else.
-_MAKE_ARGUMENTS = {"coverage": ["GCOV_PROFILE=$(if $(filter arch/x86/kvm% virt/kvm%,$(obj)),y,n)"]}
+COUNTED_FOLDERS = "GCOV_PROFILE=$(if $(filter arch/x86/kvm% virt/kvm%,$(obj)),y,n)"
+"""What tells make to let gcov count in KVM's own folders, and nowhere else, without a change to the tree.
+
+GCOV_PROFILE is what a folder's Makefile sets for that (scripts/Makefile.lib, Linux 7.3). On the command line it overrides
+those Makefiles, and as make expands it for each object, the folder being built decides.
+"""
+
+_MAKE_ARGUMENTS = {"coverage": [COUNTED_FOLDERS]}
 
 
 def _make(request: BuildRequest) -> list[str]:

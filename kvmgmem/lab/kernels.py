@@ -334,7 +334,7 @@ def _store(entry: Path, origin: Origin, flavour: Flavour, result: BuildResult, s
         shutil.copy2(result.image, fresh / "bzImage")
         shutil.copy2(result.vmlinux, fresh / "vmlinux")
         cache.write_file(fresh / "config", config.encode())
-        _copy_coverage_notes(result.image.parents[3], fresh / "gcno")
+        keep_coverage_notes(result.image.parents[3], fresh / "gcno")
         details: dict[str, object] = {
             "flavour_digest": flavour.digest,
             "from_archive": origin.package is not None,
@@ -351,12 +351,19 @@ def _store(entry: Path, origin: Origin, flavour: Flavour, result: BuildResult, s
     return kernel
 
 
-def _copy_coverage_notes(objects: Path, folder: Path) -> None:
-    """Keep the compiler's .gcno files, without which a coverage kernel's counters say nothing."""
+def keep_coverage_notes(objects: Path, folder: Path) -> None:
+    """Keep the compiler's .gcno files, without which a coverage kernel's counters say nothing, and what they speak of.
+
+    The source is kept beside them, because a tree changes, and one that was unpacked into the cache may be removed.
+    """
+    # Kbuild makes this link where it builds outside of the source.
+    tree = objects / "source" if (objects / "source").is_dir() else objects
     for notes in objects.rglob("*.gcno"):
         target = folder / notes.relative_to(objects)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(notes, target)
+        with contextlib.suppress(FileNotFoundError):  # what was generated has no source of its own
+            shutil.copy2(tree / notes.relative_to(objects).with_suffix(".c"), target.with_suffix(".c"))
 
 
 def _built_before(release: str | None, flavour: Flavour) -> Kernel | None:

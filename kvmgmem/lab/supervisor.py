@@ -16,11 +16,13 @@ from typing import Any, Protocol
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode, code_of_part, gravest
 from kvmgmem.lab.boot import PSEUDO_PREFIX, Boot
+from kvmgmem.lab.counters import CounterFiles
 from kvmgmem.lab.ending import Cause, Ending, no_test_started, worth_another_boot
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import Machine
 from kvmgmem.lab.qemu import Qemu
 from kvmgmem.lab.snapshot import Snapshot, snapshot_of
+from kvmgmem.lab.torn_code import SECOND_CHANCES, looks_torn
 from kvmgmem.results.records import Heartbeat, Note, Plan, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict
 from kvmgmem.results.run import collect, exit_code
 from kvmgmem.results.stream import ResultStream
@@ -51,6 +53,8 @@ class Request:
     """Where the consoles of all boots are kept."""
     snapshots: Path | None = None
     """The folder of booted guests to go on from; None to boot every time."""
+    counters: Path | None = None
+    """Where the counters of a coverage kernel are to go (kvmgmem.lab.counters); None where nobody wants them."""
 
 
 class Listener(Protocol):
@@ -215,6 +219,7 @@ class Lane:
         self._request = supervisor.request
         self._plan: tuple[str, ...] = ()
         self._done: set[str] = set()
+        self._second_chances: list[str] = []
         self._boot_number = 0
         self._qemu: Qemu | None = None
         self._resumed: Snapshot | None = None
@@ -225,7 +230,7 @@ class Lane:
         verbose = self._request.machine.verbose
         while True:
             self._boot_number = self._supervisor.begin_boot()
-            before = len(self._done)
+            before = len(self._done) + len(self._second_chances)
             ending = self._boot(replace(self._request.machine, verbose=verbose))
             self._supervisor.runner_output = ending.runner_output
             if ending.cause is Cause.FINISHED or self._supervisor.stopping:
@@ -234,7 +239,7 @@ class Lane:
                 continue
             if not self._plan and ending.runner_exit == 0:
                 return  # nothing was to be run: --collect-only, --version
-            fruitless = fruitless + 1 if len(self._done) == before else 0
+            fruitless = fruitless + 1 if len(self._done) + len(self._second_chances) == before else 0
             verbose = verbose or fruitless > 0
             if not self._remaining() and self._plan:
                 return
@@ -274,6 +279,8 @@ class Lane:
         if not self._supervisor.stopping:
             boot.settle(ending)
         self._resumed = None if boot.run_started else self._resumed
+        if self._request.counters is not None and boot.run_started:
+            CounterFiles(self._request.counters).lose(self._boot_number, ending.reason)
         return ending
 
     def _snapshot(self, machine: Machine) -> Snapshot | None:
@@ -322,6 +329,7 @@ class Lane:
             "environment": {"KVMGMEM_REPEAT": self._request.repeat, "KVMGMEM_NO_SUMMARY": "1"},
             "heartbeat": self._request.limits.heartbeat,
             "share": [self.number, self._request.guests],
+            "counters": self._request.counters is not None,
             "done": sorted(self._done),
             "time": time.time(),
             "entropy": os.urandom(32).hex(),
@@ -330,10 +338,25 @@ class Lane:
     def write(self, record: Record) -> None:
         """Keep a record, and mind what of the share is done."""
         if isinstance(record, TestEnd):
-            self._done.add(record.test)
+            if self._gets_second_chance(record):
+                record = self._second_chance(record)
+            else:
+                self._done.add(record.test)
         if isinstance(record, Plan) and not self._plan:
             self._plan = record.tests
         self._supervisor.write(record)
+
+    def _gets_second_chance(self, end: TestEnd) -> bool:
+        """Whether the emulator did it, so that the test is to be begun again when the guest is."""
+        torn = end.verdict in (Verdict.PANICKED, Verdict.SPLAT) and looks_torn(end.reason, self._request.machine)
+        return torn and self._second_chances.count(end.test) < SECOND_CHANCES
+
+    def _second_chance(self, end: TestEnd) -> Note:
+        self._second_chances.append(end.test)
+        what = "the guest" if end.test.startswith(PSEUDO_PREFIX) else end.test
+        text = f"{what} is begun again: {end.reason}, which QEMU's TCG does to kernels that patch their code"
+        self._supervisor.say(text)
+        return Note(time.time(), text)
 
     def note_run_start(self, start: RunStart) -> None:
         """Keep a runner's circumstances, with the number of its boot."""
@@ -347,6 +370,11 @@ class Lane:
     def note_guest_end(self, end: RunEnd) -> None:
         """Hand on what the runner of one boot ended with."""
         self._supervisor.note_guest_end(end)
+
+    def keep_counters(self, message: dict[str, Any]) -> None:
+        """Keep what the kernel of this boot counted. Raises ValueError for what is no such message."""
+        if self._request.counters is not None:
+            CounterFiles(self._request.counters).take(self._boot_number, message)
 
     def pseudo_test(self) -> str:
         """A new node id for what happened while no test was open."""

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,13 @@ def play_file(path: Path) -> str:
     return "; ".join(str(finding) for finding in [*played.known, *filter(None, [played.finding])])
 
 
-def record(path: Path, directory: Path, kernel: str = "", variant: str = "plain") -> Path:
-    """Play a finding and record it, here or in a guest with `kernel`; the directory that holds the trace."""
-    if kernel:
-        _record_in_guest(path, directory, kernel, variant)
+def record(path: Path, directory: Path, machine: Sequence[str] = ()) -> Path:
+    """Play a finding and record it; the directory that holds the trace.
+
+    Here, or in a guest if `machine` says what `kvmgmem vm` is to be told of it.
+    """
+    if machine:
+        _record_in_guest(path, directory, machine)
     else:
         _record_here(path, directory)
     return directory
@@ -96,7 +101,7 @@ def _record_here(path: Path, directory: Path) -> None:
     os.waitpid(pid, 0)
 
 
-def _record_in_guest(path: Path, directory: Path, kernel: str, variant: str) -> None:
+def _record_in_guest(path: Path, directory: Path, machine: Sequence[str]) -> None:
     from kvmgmem.cli import build_parser
     from kvmgmem.lab.vm_cli import run_vm
 
@@ -105,14 +110,8 @@ def _record_in_guest(path: Path, directory: Path, kernel: str, variant: str) -> 
         tests.mkdir()
         text = json.dumps(path.read_text(encoding="utf-8"))
         (tests / "test_finding.py").write_text(_TEST.format(text=text))
-        words = [
-            "vm",
-            f"--kernel={kernel}",
-            f"--variant={variant}",
-            f"--selftests={tests}",
-            "--jobs=1",
-            f"--trace={directory}",
-        ]
-        args = build_parser().parse_args(words)
+        args = build_parser().parse_args(["vm", *machine, f"--selftests={tests}", "--jobs=1", f"--trace={directory}"])
+        # The selftest made for it is gone when somebody wants to see it again.
+        args.repeat = shlex.join(["kvmgmem", "fuzz", "--replay", str(path), *machine])
         args.pytest_args = []
         run_vm(args)

@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import shlex
 import tempfile
 import zlib
 from pathlib import Path
@@ -47,6 +48,7 @@ def add_replay_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument("--test", default="", metavar="NODEID", help="which test, if the file holds traces of several")
     parser.add_argument("--kernel", metavar="IMAGE|NAME", help="replay in a QEMU guest with this kernel (default: here)")
     parser.add_argument("--variant", default="plain", metavar="NAME", help="the guest's machine (see `matrix`)")
+    parser.add_argument("--append", default="", metavar="OPTIONS", help="more of its kernel's command line")
 
 
 def run_replay(args: argparse.Namespace) -> int:
@@ -95,10 +97,20 @@ def _in_guest(args: argparse.Namespace, trace: Trace) -> int:
         tests = Path(directory) / "selftests"
         tests.mkdir()
         (tests / "test_replay.py").write_text(_TEST.format(packed=packed))
-        words = ["vm", f"--kernel={args.kernel}", f"--variant={args.variant}", f"--selftests={tests}", "--jobs=1"]
-        vm_args = build_parser().parse_args(words)
+        machine = [f"--kernel={args.kernel}", f"--variant={args.variant}", f"--append={args.append}"]
+        vm_args = build_parser().parse_args(["vm", *machine, f"--selftests={tests}", "--jobs=1"])
         vm_args.pytest_args = []
+        vm_args.repeat = repeat_command(args)
         return run_vm(vm_args)
+
+
+def repeat_command(args: argparse.Namespace) -> str:
+    """The command that replays the trace in such a guest again: the selftest made for it is gone by then."""
+    words = ["kvmgmem", "replay", str(args.trace), "--kernel", args.kernel]
+    words += ["--variant", args.variant] if args.variant != "plain" else []
+    words += [f"--append={args.append}"] if args.append else []
+    words += ["--test", args.test] if args.test else []
+    return shlex.join(words)
 
 
 __all__ = ["add_replay_parser", "report", "run_replay", "value"]

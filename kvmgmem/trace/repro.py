@@ -1,6 +1,7 @@
 """`kvmgmem repro`: a trace in, a C program out, for people who have no kvmgmem."""
 
 import argparse
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ def add_repro_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("--kernel", metavar="IMAGE|NAME", help="compile it and run it in a QEMU guest with this kernel")
     parser.add_argument("--record-on", metavar="IMAGE|NAME", help="a finding is played in a guest with it, not here")
     parser.add_argument("--variant", default="plain", metavar="NAME", help="that guest's machine (see `matrix`)")
+    parser.add_argument("--append", default="", metavar="OPTIONS", help="more of its kernel's command line")
 
 
 def run_repro(args: argparse.Namespace) -> int:
@@ -61,8 +63,22 @@ def run_repro(args: argparse.Namespace) -> int:
         return ExitCode.OK
     program = build(args.output)
     if args.kernel:
-        return run_in_guest(program, args.kernel, args.variant)
+        return run_in_guest(program, machine_words(args, args.kernel), repeat_command(args))
     return run_here(program) if args.run else ExitCode.OK
+
+
+def repeat_command(args: argparse.Namespace) -> str:
+    """The command that makes the program and runs it in such a guest again."""
+    words = ["kvmgmem", "repro", str(args.trace), "-o", str(args.output), "--kernel", args.kernel]
+    for name, default in (("variant", "plain"), ("append", ""), ("test", ""), ("expect", ""), ("record_on", None)):
+        if getattr(args, name) != default:
+            words.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
+    return shlex.join([*words, "--all"] if args.all else words)
+
+
+def machine_words(args: argparse.Namespace, kernel: str) -> list[str]:
+    """What `kvmgmem vm` is told of the guest."""
+    return [f"--kernel={kernel}", f"--variant={args.variant}", f"--append={args.append}"]
 
 
 def _trace_of(args: argparse.Namespace) -> Trace:
@@ -70,7 +86,11 @@ def _trace_of(args: argparse.Namespace) -> Trace:
     if args.trace.suffix != finding.SUFFIX:
         return load(args.trace, args.test)
     with tempfile.TemporaryDirectory(prefix="kvmgmem-trace-") as directory:
-        return load(finding.record(args.trace, Path(directory), args.record_on or "", args.variant))
+        return load(_record(args, Path(directory)))
+
+
+def _record(args: argparse.Namespace, directory: Path) -> Path:
+    return finding.record(args.trace, directory, machine_words(args, args.record_on) if args.record_on else ())
 
 
 def build(source: Path) -> Path:

@@ -4,6 +4,7 @@ import base64
 import subprocess
 import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvmgmem.exit_codes import ExitCode
@@ -49,8 +50,11 @@ def exit_code(status: int) -> int:
     return ExitCode.OK if status == BEHAVES else ExitCode.TEST_FAILED
 
 
-def run_in_guest(program: Path, kernel: str, variant: str) -> int:
-    """Boot a guest for the program alone; its summary and its exit code are the guest's."""
+def run_in_guest(program: Path, machine: Sequence[str], repeat: str) -> int:
+    """Boot a guest for the program alone; its summary and its exit code are the guest's.
+
+    `machine` is what `kvmgmem vm` is told of it, `repeat` the command that is said to do all this again.
+    """
     from kvmgmem.cli import build_parser
     from kvmgmem.lab.vm_cli import run_vm
 
@@ -59,8 +63,6 @@ def run_in_guest(program: Path, kernel: str, variant: str) -> int:
         tests = Path(directory) / "selftests"
         tests.mkdir()
         (tests / "test_program.py").write_text(_TEST.format(packed=packed, limit=LIMIT, skips=SKIPS))
-        args = build_parser().parse_args(
-            ["vm", f"--kernel={kernel}", f"--variant={variant}", f"--selftests={tests}", "--jobs=1"]
-        )
-        args.pytest_args = []
+        args = build_parser().parse_args(["vm", *machine, f"--selftests={tests}", "--jobs=1"])
+        args.pytest_args, args.repeat = [], repeat
         return run_vm(args)

@@ -13,6 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     from kvmgmem.caps import add_caps_parser
     from kvmgmem.contract_report import add_contract_parser
+    from kvmgmem.coverage.coverage_cli import add_coverage_parser
     from kvmgmem.fuzz import add_fuzz_parser
     from kvmgmem.lab.kernel_cli import add_kernel_parser
     from kvmgmem.lab.kselftest_cli import add_kselftest_parser
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_matrix_parser(subparsers)
     add_kernel_parser(subparsers)
     add_mutate_parser(subparsers)
+    add_coverage_parser(subparsers)
     add_contract_parser(subparsers)
     add_fuzz_parser(subparsers)
     add_report_parser(subparsers)
@@ -73,6 +75,7 @@ def dispatch(args: argparse.Namespace) -> int:
     """Call the verb's function."""
     from kvmgmem.caps import run_caps
     from kvmgmem.contract_report import run_contract
+    from kvmgmem.coverage.coverage_cli import run_coverage
     from kvmgmem.fuzz import run_fuzz
     from kvmgmem.lab.kernel_cli import run_kernel
     from kvmgmem.lab.kselftest_cli import run_kselftest
@@ -89,6 +92,7 @@ def dispatch(args: argparse.Namespace) -> int:
     verbs = {
         "caps": run_caps,
         "contract": run_contract,
+        "coverage": run_coverage,
         "fuzz": run_fuzz,
         "kernel": run_kernel,
         "kselftest": run_kselftest,

@@ -176,7 +176,7 @@ def test_sw_protected_type_needs_its_option_and_the_tdp_mmu(kvm: Kvm, host: Host
     """The software-protected type is offered if and only if the kernel has its option and uses the TDP MMU."""
     # x86: kvm_x86_vendor_init sets the bit for CONFIG_KVM_SW_PROTECTED_VM && tdp_mmu_enabled; the parameter `tdp_mmu` is
     # what was asked for, and counts with two-dimensional paging only (mmu:kvm_configure_mmu).
-    tdp_mmu = host.parameters["kvm.tdp_mmu"] == "Y" and host.tdp_mmu
+    tdp_mmu = host.tdp_mmu
     config = kernel_config()
     offered = type_offered(kvm, VmType.SW_PROTECTED)
     if config is None:

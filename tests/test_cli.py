@@ -165,6 +165,16 @@ def test_ctrl_c_keeps_the_records_and_ends_what_was_started(tmp_path: Path) -> N
 
 
 @has_kvm
+def test_a_list_of_tests_is_no_run_that_failed(tmp_path: Path) -> None:
+    """`--collect-only`, which a hint recommends, lists the tests, and leaves no records."""
+    records = tmp_path / "records"
+    done = kvmgmem("run", f"--results={records}", "--", "--collect-only", "-q", "selftests/test_cap.py")
+    assert (done.returncode, done.stderr) == (ExitCode.OK, "")
+    assert "selftests/test_cap.py" in done.stdout
+    assert not records.exists()
+
+
+@has_kvm
 def test_compiled_tests_are_kept_where_they_are_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Python is told to leave no bytecode beside its sources, `run` keeps it in the cache: tests are compiled once."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")

@@ -3,11 +3,13 @@
 The real ones boot a kernel under TCG: that of $KVMGMEM_TEST_KERNEL, or the base kernel last built (`kvmgmem kernel build`).
 """
 
+import base64
 import contextlib
 import json
 import os
 import signal
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +70,7 @@ CIRCUMSTANCES = {
     "python": "3",
     "pytest": "9",
 }
-GREETING = (control("hello", protocol=2), control("ready"))
+GREETING = (control("hello", protocol=3), control("ready"), control("collected"))
 RUN_START = record("run-start", schema=1, run="0" * 32, circumstances=CIRCUMSTANCES)
 RUN_END = record("run-end", exit=0, counts={})
 GOODBYE = control("goodbye", exit=0, signal=None, output="")
@@ -129,6 +131,11 @@ class ScriptedQemu(Qemu):
     def jobs(self) -> list[dict[str, Any]]:
         """The jobs among what the guest was told."""
         return [message for channel, message in self.sent if channel == CONTROL and "pytest_args" in message]
+
+    @property
+    def words(self) -> list[dict[str, Any]]:
+        """What it was told before its first test."""
+        return [message for channel, message in self.sent if channel == CONTROL and "share" in message]
 
     def save_state(self, path: Path, limit: float = 60.0) -> bool:
         """Write a state that says which script it came from, unless told to fail."""
@@ -203,7 +210,7 @@ def test_a_run_without_trouble_is_a_success(results: Path) -> None:
     preparation = scripted.guests[0].sent[0][1]
     assert preparation["accelerator"] == "tcg"
     assert preparation["environment"] == {"KVMGMEM_TIME_SCALE": "1"}
-    assert [job["done"] for job in scripted.guests[0].jobs] == [[]]
+    assert [word["done"] for word in scripted.guests[0].words] == [[]]
 
 
 def test_a_panic_is_charged_to_the_open_test_and_the_rest_is_run(results: Path) -> None:
@@ -217,7 +224,7 @@ def test_a_panic_is_charged_to_the_open_test_and_the_rest_is_run(results: Path) 
     assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PANICKED, "c": Verdict.PASSED}
     assert exit_code(run) == ExitCode.KERNEL
     assert "sysrq triggered crash" in reason(run, "b")
-    assert scripted.guests[1].jobs[0]["done"] == ["a", "b"]
+    assert scripted.guests[1].words[0]["done"] == ["a", "b"]
     (panicked,) = [outcome.end for outcome in run.tests if outcome.end.test == "b"]
     assert panicked.kernel_log[0].endswith("Kernel panic - not syncing: sysrq triggered crash")
     assert panicked.repeat == "kvmgmem vm -- b"
@@ -562,9 +569,9 @@ def test_guests_share_the_tests_and_each_is_booted_again_on_its_own(results: Pat
     }
     assert exit_code(run) == ExitCode.KERNEL
     assert sorted(run.plan) == ["a", "b", "c", "d"]
-    jobs = [job for guest in scripted.guests for job in guest.jobs]
-    assert sorted(job["share"] for job in jobs[:2]) == [[0, 2], [1, 2]]
-    assert jobs[2]["done"] == ["b"]
+    words = [word for guest in scripted.guests for word in guest.words]
+    assert sorted(word["share"] for word in words[:2]) == [[0, 2], [1, 2]]
+    assert words[2]["done"] == ["b"]
     assert len(run.run_ends) == 1
 
 
@@ -591,10 +598,13 @@ WHOLE_RUN = (RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE)
 GOES_ON = Line(QMP, b'{"event": "RESUME"}')
 
 
-def scripted_with_snapshots(path: Path, machine: Machine, *boots: Sequence[list[Line] | None]) -> Scripted:
+def scripted_with_snapshots(path: Path, machine: Machine, *boots: Sequence[list[Line] | None], **request: Any) -> Scripted:
     """A run that may keep guests below `path`, with its records in a file of its own."""
     results = path / f"results-{len(list(path.iterdir()))}.jsonl"
-    return Scripted(results, *boots, machine=machine, snapshots=path / "snapshots")
+    return Scripted(results, *boots, machine=machine, snapshots=path / "snapshots", **request)
+
+
+HAS_COLLECTED = control("collected")
 
 
 def test_a_booted_guest_is_kept_and_gone_on_from(kernel_file: Machine, tmp_path: Path) -> None:
@@ -603,7 +613,7 @@ def test_a_booted_guest_is_kept_and_gone_on_from(kernel_file: Machine, tmp_path:
     assert verdicts(first.run()) == {"a": Verdict.PASSED}
     assert first.machines[0].incoming is None
     (state,) = (tmp_path / "snapshots").glob("*/state")
-    second = scripted_with_snapshots(tmp_path, kernel_file, [[GOES_ON, *WHOLE_RUN]])
+    second = scripted_with_snapshots(tmp_path, kernel_file, [[GOES_ON, HAS_COLLECTED, *WHOLE_RUN]])
     run = second.run()
     assert verdicts(run) == {"a": Verdict.PASSED}
     assert second.machines[0].incoming == state
@@ -611,6 +621,59 @@ def test_a_booted_guest_is_kept_and_gone_on_from(kernel_file: Machine, tmp_path:
     assert run.circumstances is not None
     assert run.circumstances.extra["resumed"] is True
     assert (state.parent / "console").read_text() == "said while booting"
+
+
+def test_a_guest_that_has_collected_is_kept_for_the_same_job(kernel_file: Machine, tmp_path: Path) -> None:
+    """From the third run on nothing is collected again, and all that the guest is told is its share and what is done.
+
+    Another job begins with the machine as it booted.
+    """
+    scripted_with_snapshots(tmp_path, kernel_file, [[*GREETING, *WHOLE_RUN]]).run()
+    booted = set((tmp_path / "snapshots").glob("*/state"))
+    scripted_with_snapshots(tmp_path, kernel_file, [[GOES_ON, HAS_COLLECTED, *WHOLE_RUN]]).run()
+    third = scripted_with_snapshots(tmp_path, kernel_file, [[GOES_ON, *WHOLE_RUN]])
+    assert verdicts(third.run()) == {"a": Verdict.PASSED}
+    assert {third.machines[0].incoming} == set((tmp_path / "snapshots").glob("*/state")) - booted
+    assert not third.guests[0].jobs
+    (word,) = third.guests[0].words
+    assert (word["share"], word["done"]) == ([0, 1], [])
+    assert word["time"] <= time.time()
+    other = scripted_with_snapshots(tmp_path, kernel_file, [[GOES_ON, HAS_COLLECTED, *WHOLE_RUN]], pytest_args=("-k", "a"))
+    other.run()
+    assert {other.machines[0].incoming} == booted
+    assert len(other.guests[0].jobs) == 1
+
+
+def test_a_death_goes_on_from_what_was_collected(kernel_file: Machine, tmp_path: Path) -> None:
+    """With a state of the collected tests from the first boot on, a panic costs neither a boot nor a collection."""
+    scripted = scripted_with_snapshots(
+        tmp_path,
+        kernel_file,
+        [[*GREETING, RUN_START, plan("a", "b"), record("test-start", test="a")], PANIC],
+        [[GOES_ON, RUN_START, plan("b"), *passing("b"), RUN_END, GOODBYE]],
+        keep_collected=True,
+    )
+    assert verdicts(scripted.run()) == {"a": Verdict.PANICKED, "b": Verdict.PASSED}
+    assert [word["done"] for word in scripted.guests[1].words] == [["a"]]
+    assert not scripted.guests[1].jobs
+
+
+def test_modules_come_with_the_job_and_not_with_the_state(kernel_file: Machine, tmp_path: Path) -> None:
+    """Two modules of one name and other content go to one booted guest, which is never kept with its tests."""
+    for content in (b"one module", b"another module"):
+        (tmp_path / "000-kvm.ko").write_bytes(content)
+        resumes = content == b"another module"
+        lines = [GOES_ON, HAS_COLLECTED] if resumes else GREETING
+        run = scripted_with_snapshots(
+            tmp_path, kernel_file, [[*lines, *WHOLE_RUN]], modules=(tmp_path / "000-kvm.ko",), keep_collected=True
+        )
+        assert verdicts(run.run()) == {"a": Verdict.PASSED}
+        (job,) = run.guests[0].jobs
+        assert {name: zlib.decompress(base64.b64decode(data)) for name, data in job["modules"].items()} == {
+            "000-kvm.ko": content
+        }
+        assert (run.machines[0].incoming is not None) == resumes
+        assert len(list((tmp_path / "snapshots").iterdir())) == 1
 
 
 def test_another_kernel_is_another_state(kernel_file: Machine, tmp_path: Path) -> None:
@@ -681,11 +744,11 @@ def test_a_guest_that_starts_while_the_run_is_being_stopped_is_ended(results: Pa
 
 
 def test_the_least_used_states_go(kernel_file: Machine, tmp_path: Path) -> None:
-    """Six are kept."""
-    for number in range(8):
+    """Ten are kept."""
+    for number in range(12):
         kernel_file.kernel.write_bytes(bytes([number]))
         scripted_with_snapshots(tmp_path, kernel_file, [[*GREETING, *WHOLE_RUN]]).run()
-    assert len(list((tmp_path / "snapshots").iterdir())) == 6
+    assert len(list((tmp_path / "snapshots").iterdir())) == 10
 
 
 def test_the_console_is_kept(results: Path, tmp_path: Path) -> None:
@@ -850,7 +913,16 @@ def evil_run(guest: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     tamperer = Tamperer()
     # The stand-ins go on for a second after a complaint; on a busy machine that takes longer, so an oops has more.
     limits = Limits(boot=120, silence=6, test=90, shutdown=5, oops=20, nmi=3)
-    request = Request(guest, directory / "results.jsonl", tuple(EXPECTED), limits=limits, console=directory / "console")
+    # From the second boot on the guest is resumed: each death would cost a boot otherwise.
+    request = Request(
+        guest,
+        directory / "results.jsonl",
+        tuple(EXPECTED),
+        limits=limits,
+        console=directory / "console",
+        snapshots=directory / "snapshots",
+        keep_collected=True,
+    )
     supervisor = Supervisor(request, tamperer, tamperer.start)
     code = supervisor.run()
     run = read_run([directory / "results.jsonl"])

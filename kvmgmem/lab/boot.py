@@ -1,11 +1,13 @@
 """One boot of a guest, from QEMU's start to its end: what comes in, what is overdue, and which test pays for it."""
 
 import json
+import os
 import re
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Flag, auto
 from typing import Any, Protocol
 
 from kvmgmem.errors import HarnessError
@@ -16,7 +18,7 @@ from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import CONSOLE, CONTROL, QMP, RESULTS
 from kvmgmem.lab.qemu import Line, Qemu
 from kvmgmem.lab.result_channel import RECORD_BEGINS, split_garbage
-from kvmgmem.lab.snapshot import Snapshot
+from kvmgmem.lab.snapshot import Snapshot, States
 from kvmgmem.results.records import Heartbeat, Note, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict, parse_line
 from kvmgmem.splats import Kind, Splat, block_is_complete, find_splats, kind_of, message_of
 
@@ -37,6 +39,14 @@ _OUT_OF_MEMORY = re.compile(r"(?:Out of memory|oom-kill).*?: Killed process \d+ 
 _RESTARTING = "reboot: Restarting system"
 
 
+class Keeps(Flag):
+    """Which states of a guest are to be kept on its way to the first test."""
+
+    NOTHING = 0
+    BOOTED = auto()
+    COLLECTED = auto()
+
+
 class Account(Protocol):
     """Whoever keeps the run's account over all boots."""
 
@@ -45,6 +55,9 @@ class Account(Protocol):
 
     def job(self) -> dict[str, Any]:
         """What the guest is to do."""
+
+    def word(self) -> dict[str, Any]:
+        """What it needs to know before its first test."""
 
     def write(self, record: Record) -> None:
         """Keep a record."""
@@ -69,12 +82,19 @@ class Boot:
     """One guest from its start to its end; decides what that end was."""
 
     def __init__(
-        self, account: Account, qemu: Qemu, limits: Limits, snapshot: Snapshot | None = None, resumed: bool = False
+        self,
+        account: Account,
+        qemu: Qemu,
+        limits: Limits,
+        states: States | None = None,
+        resumed: Snapshot | None = None,
+        keeps: Keeps = Keeps.NOTHING,
     ) -> None:
-        """`snapshot` is what the guest was `resumed` from, or where its state is to be kept once it has booted."""
+        """`resumed` is the one of its `states` that the guest goes on from; `keeps` says which of them to write."""
         self._account = account
-        self._snapshot = snapshot
+        self._states = states
         self._resumed = resumed
+        self._keeps = keeps
         self._qemu = qemu
         self._limits = limits
         self.whole_console: deque[str] = deque(maxlen=20_000)
@@ -86,6 +106,7 @@ class Boot:
         self._last_end: TestEnd | None = None
         self._hello = False
         self._job_sent = False
+        self._word_sent = False
         self._run_started = False
         self._run_ended = False
         self._goodbye: dict[str, Any] | None = None
@@ -101,8 +122,8 @@ class Boot:
         self._boot_pardoned = 0.0
         self._nmi_since: float | None = None
         self._silence_text = ""
-        if snapshot is not None and resumed:
-            for text in snapshot.console():
+        if resumed is not None:
+            for text in resumed.console():
                 self._on_console(text)
             # It goes on by itself; should that be before QEMU's monitor tells of events, this answer says so.
             self._qemu.qmp("query-status")
@@ -191,8 +212,13 @@ class Boot:
         if record == "hello":
             self._on_hello(message)
         elif record == "ready":
-            self._keep_state()
+            if Keeps.BOOTED in self._keeps and self._states is not None:
+                self._keep_state(self._states.booted)
             self._send_job()
+        elif record == "collected":
+            if Keeps.COLLECTED in self._keeps and self._states is not None:
+                self._keep_state(self._states.collected)
+            self._send_word()
         elif record == "heartbeat":
             self._account.write(Heartbeat(time.time()))
         elif record in (guest_gcov.COUNTERS, guest_gcov.END):
@@ -212,11 +238,11 @@ class Boot:
         self._hello = True
         self._qemu.send(CONTROL, self._account.preparation())
 
-    def _keep_state(self) -> None:
+    def _keep_state(self, snapshot: Snapshot) -> None:
         """Keep the machine as it is now, unless it complained, which the next one should do by itself."""
-        if self._snapshot is None or self._resumed or find_splats(self._window):
+        if find_splats(self._window):
             return
-        draft = self._snapshot.draft()
+        draft = snapshot.draft()
         if draft is None:
             return
         whole = False
@@ -224,23 +250,35 @@ class Boot:
             whole = self._qemu.save_state(draft)
         finally:
             if not whole:  # also on Ctrl-C
-                self._snapshot.drop_draft()
+                snapshot.drop_draft()
         if whole:
-            self._snapshot.keep(list(self.whole_console))
+            snapshot.keep(list(self.whole_console))
 
     def _send_job(self) -> None:
         if not self._job_sent:
             self._job_sent = True
-            self._qemu.send(CONTROL, self._account.job())
+            self._qemu.send(CONTROL, self._account.job() | _today())
+
+    def _send_word(self) -> None:
+        if not self._word_sent:
+            self._word_sent = True
+            self._qemu.send(CONTROL, self._account.word() | _today())
+
+    def _go_on(self) -> None:
+        """A kept guest runs again: tell it what it waited for."""
+        self._hello = True
+        if self._states is not None and self._resumed == self._states.collected:
+            self._send_word()
+        else:
+            self._send_job()
 
     def _on_qmp(self, text: str) -> None:
         try:
             message = json.loads(text)
         except ValueError:
             return
-        if self._resumed and isinstance(message, dict) and goes_on(message):
-            self._hello = True
-            self._send_job()
+        if self._resumed is not None and isinstance(message, dict) and goes_on(message):
+            self._go_on()
         if isinstance(message, dict) and message.get("event") == "SHUTDOWN":
             self._shutdown_reason = str(message.get("data", {}).get("reason", "unknown"))
             self._alive()
@@ -495,6 +533,11 @@ class Boot:
         now = time.time()
         self._account.write(TestStart(test, now, rule="The kernel is well between the tests, too."))
         self._account.write(TestEnd(test, now, verdict, reason=f"{reason} (after {after})", kernel_log=tuple(excerpt)))
+
+
+def _today() -> dict[str, Any]:
+    """The time and some randomness: a guest that was kept has the clock and the entropy of the day it was kept."""
+    return {"time": time.time(), "entropy": os.urandom(32).hex()}
 
 
 def goes_on(message: dict[str, Any]) -> bool:

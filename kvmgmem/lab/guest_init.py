@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from kvmgmem._native import ffi
 from kvmgmem.entry import address_of, syscall
@@ -25,13 +25,16 @@ from kvmgmem.errors import Answer, Errno
 
 CONTROL_PORT = "org.kvmgmem.control"
 RESULTS_PORT = "org.kvmgmem.results"
-PROTOCOL = 2
+PROTOCOL = 3
 
 HEARTBEAT_SECONDS = 5.0
 PROJECT_DIRECTORY = "/kvmgmem"
 MODULES_DIRECTORY = Path("/lib/kvmgmem-modules")
+BROUGHT_MODULES = Path("/run/kvmgmem-modules")
 RUNNER_OUTPUT = Path("/run/runner-output")
 OUTPUT_TAIL = 64 * 1024
+COLLECTED = signal.SIGUSR1
+"""By what the runner tells PID 1 that it knows its tests; blocked from the start, so that none is lost."""
 PORT_DEADLINE = 60.0
 """Seconds until a port that has not appeared is taken for missing; modules and slow emulation included."""
 
@@ -95,16 +98,17 @@ class Control:
 
     def receive(self) -> dict[str, Any]:
         """Wait for one line. An end of file means that nobody listens yet on the host's side."""
-        received = b""
-        while not received.endswith(b"\n"):
+        parts = [b""]
+        while not parts[-1].endswith(b"\n"):
             part = os.read(self._fd, 65536)
-            if not part:
+            if part:
+                parts.append(part)
+            else:
                 time.sleep(0.01)
-            received += part
-        job = json.loads(received)
-        if not isinstance(job, dict):
-            raise ValueError("the job is not a JSON object")
-        return job
+        message = json.loads(b"".join(parts))
+        if not isinstance(message, dict):
+            raise ValueError("what the supervisor says is not a JSON object")
+        return message
 
 
 def main() -> NoReturn:
@@ -132,15 +136,19 @@ def main() -> NoReturn:
 def _serve(control: Control) -> None:
     """Prepare a runner, say so, wait for its job, and see it through.
 
-    Between `ready` and the job the supervisor may keep this machine, and go on from there another day: nothing up to here
-    may depend on the tests, and what comes after it must not trust the clock.
+    At `ready` and at `collected` the supervisor may keep this machine, and go on from there another day. Nothing up to the
+    one may depend on the tests; nothing up to the other may make objects of KVM that stay, or write records; and what comes
+    after either must not trust the clock.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, COLLECTED})
     runner = Runner(control.receive())
     control.send("ready")
     job = control.receive()
     _catch_up(job)
-    runner.begin(job)
-    status = _watch(control, runner.pid, float(job.get("heartbeat", HEARTBEAT_SECONDS)))
+    if job.get("modules"):
+        _take_modules(job)
+    runner.tell({key: value for key, value in job.items() if key != "modules"})
+    status = _watch(control, runner, float(job.get("heartbeat", HEARTBEAT_SECONDS)))
     if job.get("counters"):
         from kvmgmem.lab.guest_gcov import messages
 
@@ -156,7 +164,7 @@ def _serve(control: Control) -> None:
 
 
 class Runner:
-    """The process that runs pytest: it loads what every run needs, then waits for its job."""
+    """The process that runs pytest: it loads what every run needs, waits for its job, and again before its first test."""
 
     def __init__(self, preparation: dict[str, Any]) -> None:
         """Fork it, and return when it is ready or dead."""
@@ -172,21 +180,23 @@ class Runner:
         os.read(ready_reader, 1)
         os.close(ready_reader)
 
-    def begin(self, job: dict[str, Any]) -> None:
-        """Hand it its job; how it ended, if it is dead, is for `_watch` to find."""
-        with contextlib.suppress(BrokenPipeError), os.fdopen(self._job_writer, "wb") as pipe:
-            pipe.write(json.dumps(job).encode())
+    def tell(self, message: dict[str, Any]) -> None:
+        """Hand it a message, its job or the word to begin; how it ended, if it is dead, is for `_watch` to find."""
+        data = json.dumps(message).encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError):
+            while data:
+                data = data[os.write(self._job_writer, data) :]
 
 
-def _catch_up(job: dict[str, Any]) -> None:
+def _catch_up(message: dict[str, Any]) -> None:
     """Put the clock right and stir the entropy pool: this machine may have been kept since it booted."""
     import fcntl
 
-    if "time" in job:
-        time.clock_settime(time.CLOCK_REALTIME, float(job["time"]))
-    if "entropy" in job:
+    if "time" in message:
+        time.clock_settime(time.CLOCK_REALTIME, float(message["time"]))
+    if "entropy" in message:
         with Path("/dev/urandom").open("wb", buffering=0) as pool:
-            pool.write(bytes.fromhex(job["entropy"]))
+            pool.write(bytes.fromhex(message["entropy"]))
             fcntl.ioctl(pool, RNDRESEEDCRNG)
 
 
@@ -214,17 +224,28 @@ def _mount_all() -> None:
             Path("/dev", link).symlink_to(target)
 
 
-def _load_modules() -> None:
-    """Load what the image carries, in order; a module that does not load is named on the console."""
-    if not MODULES_DIRECTORY.is_dir():
+def _load_modules(directory: Path = MODULES_DIRECTORY) -> None:
+    """Load what the image carries, or the job brought, in order; one that does not load is named on the console."""
+    if not directory.is_dir():
         return
     parameters = module_parameters(Path("/proc/cmdline").read_text())
-    for path in sorted(MODULES_DIRECTORY.iterdir()):
+    for path in sorted(directory.iterdir()):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         answer = _call("finit_module", fd, parameters.get(module_name(path), ""), 0)
         if isinstance(answer, Errno) and answer != Errno.EEXIST:  # built in, or loaded already
             print(f"kvmgmem: module {path.name} does not load: {answer.name}", flush=True)
         os.close(fd)
+
+
+def _take_modules(job: dict[str, Any]) -> None:
+    """Load the modules that came with the job: base64 of zlib, by file name, in this order."""
+    import base64
+    import zlib
+
+    BROUGHT_MODULES.mkdir()
+    for name, data in dict(job["modules"]).items():
+        (BROUGHT_MODULES / name).write_bytes(zlib.decompress(base64.b64decode(data)))
+    _load_modules(BROUGHT_MODULES)
 
 
 def module_name(path: Path) -> str:
@@ -298,9 +319,11 @@ def _report(control: Control | None, error: BaseException) -> None:
 # --- the runner -------------------------------------------------------------------------------------------------------
 
 
-def _watch(control: Control, runner: int, interval: float) -> int:
-    """Reap every orphan, send heartbeats, and return the runner's wait status once it has ended."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+def _watch(control: Control, runner: Runner, interval: float) -> int:
+    """Reap every orphan, send heartbeats, have the runner begin when it may; its wait status once it has ended.
+
+    SIGCHLD and `COLLECTED` are blocked.
+    """
     next_beat = time.monotonic() + interval
     while True:
         while True:
@@ -308,14 +331,19 @@ def _watch(control: Control, runner: int, interval: float) -> int:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 raise RuntimeError("the runner vanished without a wait status") from None
-            if pid == runner:
+            if pid == runner.pid:
                 return status
             if pid == 0:
                 break
         if time.monotonic() >= next_beat:
             control.send("heartbeat", time=time.time())
             next_beat += interval
-        signal.sigtimedwait({signal.SIGCHLD}, max(0.0, next_beat - time.monotonic()))
+        sign = signal.sigtimedwait({signal.SIGCHLD, COLLECTED}, max(0.0, next_beat - time.monotonic()))
+        if sign is not None and sign.si_signo == COLLECTED:
+            control.send("collected")
+            word = control.receive()
+            _catch_up(word)
+            runner.tell(word)
 
 
 def _become_runner(preparation: dict[str, Any], job_reader: int, ready_writer: int) -> NoReturn:
@@ -325,9 +353,8 @@ def _become_runner(preparation: dict[str, Any], job_reader: int, ready_writer: i
         _runner_process(preparation)
         _warm_up()
         os.close(ready_writer)
-        with os.fdopen(job_reader, "rb") as pipe:
-            job = json.loads(pipe.read())
-        code = _run_pytest(job)
+        with os.fdopen(job_reader, "rb") as messages:
+            code = _run_pytest(json.loads(messages.readline()), messages)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 4
     except BaseException:  # the child must not return into PID 1's code
@@ -380,48 +407,26 @@ def _warm_up() -> None:
                 importlib.import_module(name)
 
 
-def _run_pytest(job: dict[str, Any]) -> int:
-    import random
-
+def _run_pytest(job: dict[str, Any], messages: IO[bytes]) -> int:
     output = os.open(RUNNER_OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update({str(name): str(value) for name, value in dict(job.get("environment", {})).items()})
-    random.seed()
 
     import pytest
+
+    from kvmgmem.lab.guest_selection import Selection
+
+    def await_word() -> dict[str, Any]:
+        os.kill(1, COLLECTED)
+        return dict(json.loads(messages.readline()))
 
     arguments = [
         *(str(argument) for argument in job["pytest_args"]),
         f"--rootdir={PROJECT_DIRECTORY}",
         f"--results={_port_device(RESULTS_PORT)}",
     ]
-    return int(pytest.main(arguments, plugins=[Selection(frozenset(job.get("done", ())), *job.get("share", (0, 1)))]))
-
-
-class Selection:
-    """A pytest plugin that keeps this guest's share of the tests, less those which an earlier boot has finished.
-
-    The share is every `guests`-th test. By exact node id: --deselect matches prefixes, and would take test_ab along with
-    test_a.
-    """
-
-    def __init__(self, done: frozenset[str], number: int = 0, guests: int = 1) -> None:
-        self.done = done
-        self.number = number
-        self.guests = guests
-
-    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        kept = [item for item in items[self.number :: self.guests] if item.nodeid not in self.done]
-        dropped = set(items).difference(kept)
-        items[:] = kept
-        if dropped:
-            config.hook.pytest_deselected(items=list(dropped))
-
-    def pytest_collection_finish(self) -> None:
-        import gc
-
-        gc.enable()
+    return int(pytest.main(arguments, plugins=[Selection(await_word)]))
 
 
 def _output_tail() -> str:

@@ -1,8 +1,10 @@
-"""A booted guest kept on disk: the next run of a few tests resumes it instead of booting the same kernel again.
+"""A guest kept on disk: the next run resumes it instead of booting the same kernel again.
 
-QEMU writes the machine's state where the guest has booted, has imported what every runner imports, and knows nothing yet of
-the tests to come. Under TCG that is four fifths of the time to a first test. A state is worth what it was made of: its name
-is a digest of the kernel, the image, QEMU, the machine and the environment, so that any change makes it nobody's.
+QEMU writes the machine's state at two points: where the guest has booted, has imported what every runner imports, and knows
+nothing yet of the tests to come; and where it has collected the tests of one job, and begins the first. Under TCG booting is
+four fifths of the time to a first test, and collecting most of the rest. A state is worth what it was made of: its name is a
+digest of the kernel, the image, QEMU, the machine, the environment and, of the second kind, the job, so that any change
+makes it nobody's.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ from kvmgmem.lab.cache import MiB, free_bytes
 from kvmgmem.lab.guest_init import PROTOCOL
 from kvmgmem.lab.machine import Machine, command_line
 
-KEPT = 6
+KEPT = 10
 """How many states are kept, the least recently used going first; each takes about 140 MiB."""
 ROOM = 1024 * MiB
 """Bytes that must be free for another one."""
@@ -101,10 +103,26 @@ def _last_use(entry: Path) -> float:
         return 0.0
 
 
-def snapshot_of(machine: Machine, preparation: Mapping[str, object], folder: Path) -> Snapshot:
-    """The place below `folder` of this machine's state, after this preparation. Raises OSError if its files are gone."""
+@dataclass(frozen=True)
+class States:
+    """The places of one guest's states: booted, and with the tests of one job collected."""
+
+    booted: Snapshot
+    collected: Snapshot
+
+    @property
+    def latest(self) -> Snapshot | None:
+        """The one to go on from; None if neither has been taken."""
+        return next((state for state in (self.collected, self.booted) if state.exists), None)
+
+
+def states_of(machine: Machine, preparation: Mapping[str, object], job: Mapping[str, object], folder: Path) -> States:
+    """The places below `folder` of this machine's states, after this preparation, and with this job.
+
+    Raises OSError if its files are gone.
+    """
     qemu = Path(shutil.which(machine.qemu) or machine.qemu).resolve()
-    facts = {
+    facts: dict[str, object] = {
         "protocol": PROTOCOL,
         # The image's name, which is in here, says what is in it.
         "command": command_line(replace(machine, incoming=None), {}),
@@ -112,4 +130,8 @@ def snapshot_of(machine: Machine, preparation: Mapping[str, object], folder: Pat
         "qemu": [str(qemu), qemu.stat().st_size, qemu.stat().st_mtime_ns],
         "preparation": preparation,
     }
+    return States(_place(folder, facts), _place(folder, {**facts, "job": job}))
+
+
+def _place(folder: Path, facts: Mapping[str, object]) -> Snapshot:
     return Snapshot(folder / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20])

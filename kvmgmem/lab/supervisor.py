@@ -4,10 +4,11 @@ It stands outside the guest, writes the guest's records to the host's file as th
 to the open test, boots again, and has the remaining tests run. Several guests may share the tests of one run.
 """
 
-import os
+import base64
 import shlex
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import Any, Protocol
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode, code_of_part, gravest
-from kvmgmem.lab.boot import PSEUDO_PREFIX, Boot
+from kvmgmem.lab.boot import PSEUDO_PREFIX, Boot, Keeps
 from kvmgmem.lab.counters import CounterFiles
 from kvmgmem.lab.ending import Cause, Ending, no_test_started, worth_another_boot
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import Machine
 from kvmgmem.lab.qemu import Qemu
-from kvmgmem.lab.snapshot import Snapshot, snapshot_of
+from kvmgmem.lab.snapshot import Snapshot, States, states_of
 from kvmgmem.lab.torn_code import SECOND_CHANCES, looks_torn
 from kvmgmem.results.records import Heartbeat, Note, Plan, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict
 from kvmgmem.results.run import collect, exit_code
@@ -53,6 +54,10 @@ class Request:
     """Where the consoles of all boots are kept."""
     snapshots: Path | None = None
     """The folder of booted guests to go on from; None to boot every time."""
+    modules: tuple[Path, ...] = ()
+    """Kernel modules that come with the job: a guest that is kept has booted without them. Named NUMBER-NAME.ko."""
+    keep_collected: bool = False
+    """Keep the guest with its tests collected when it is booted for the first time, too."""
     counters: Path | None = None
     """Where the counters of a coverage kernel are to go (kvmgmem.lab.counters); None where nobody wants them."""
 
@@ -210,6 +215,11 @@ class Supervisor:
         return code
 
 
+def packed(module: Path) -> str:
+    """A module as a job brings it along: zlib's stream in base64."""
+    return base64.b64encode(zlib.compress(module.read_bytes(), 1)).decode()
+
+
 class Lane:
     """One of a run's guests, started again until its share of the tests is done; the account of one boot's `Boot`."""
 
@@ -260,16 +270,15 @@ class Lane:
             qemu.process.kill()
 
     def _boot(self, machine: Machine) -> Ending:
-        snapshot = self._snapshot(machine)
-        self._resumed = snapshot if snapshot is not None and snapshot.exists else None
-        if self._resumed is None and self.number > 0:
-            snapshot = None  # one guest of several keeps its state, for they are the same
+        states = self._states(machine)
+        self._resumed = states.latest if states is not None else None
         machine = replace(machine, incoming=self._resumed.use()) if self._resumed else machine
+        keeps = self._keeps(states)
         with self._supervisor.start_qemu(machine) as qemu:
             self._qemu = qemu
             if self._supervisor.stopping:  # said before this guest could be told
                 self.stop()
-            boot = Boot(self, qemu, self._request.limits, snapshot, resumed=self._resumed is not None)
+            boot = Boot(self, qemu, self._request.limits, states, self._resumed, keeps)
             try:
                 ending = boot.run()
             finally:
@@ -283,14 +292,28 @@ class Lane:
             CounterFiles(self._request.counters).lose(self._boot_number, ending.reason)
         return ending
 
-    def _snapshot(self, machine: Machine) -> Snapshot | None:
-        """Where this machine's state is or may be kept; None if it is not wanted."""
+    def _states(self, machine: Machine) -> States | None:
+        """Where this machine's states are or may be kept; None if they are not wanted."""
         if self._request.snapshots is None or machine.verbose or machine.gdb:
             return None
         try:
-            return snapshot_of(machine, self.preparation(), self._request.snapshots)
+            return states_of(machine, self.preparation(), self.job(), self._request.snapshots)
         except OSError:
             return None  # QEMU will say what is not there
+
+    def _keeps(self, states: States | None) -> Keeps:
+        """What to keep on the way: the machine booted, and the tests collected if it is used more than once for tests.
+
+        To write a state takes a second or two. Whoever runs a kernel once more may run it again with the same tests; and
+        all tests of all files take longest to collect.
+        """
+        if states is None or self.number > 0:  # one guest of several keeps its states, for they are the same
+            return Keeps.NOTHING
+        if self._request.modules:  # whose very point is that they are others the next time
+            return Keeps.NOTHING if self._resumed else Keeps.BOOTED
+        if self._resumed is None:
+            return Keeps.BOOTED | (Keeps.COLLECTED if self._request.keep_collected else Keeps.NOTHING)
+        return Keeps.COLLECTED if self._resumed == states.booted else Keeps.NOTHING
 
     def _drop_bad_snapshot(self, ending: Ending) -> bool:
         """Whether a state was resumed that came to nothing, so that the next boot is from nothing."""
@@ -320,20 +343,18 @@ class Lane:
         }
 
     def job(self) -> dict[str, Any]:
-        """What the guest is told to do: its share of the tests, but for those that are done.
-
-        With the time and some randomness: a guest that was kept has the clock and the entropy of the day it booted.
-        """
+        """What the guest is told to do: all that says which tests there are, and nothing that differs between two runs."""
         return {
             "pytest_args": list(self._request.pytest_args),
             "environment": {"KVMGMEM_REPEAT": self._request.repeat, "KVMGMEM_NO_SUMMARY": "1"},
             "heartbeat": self._request.limits.heartbeat,
-            "share": [self.number, self._request.guests],
             "counters": self._request.counters is not None,
-            "done": sorted(self._done),
-            "time": time.time(),
-            "entropy": os.urandom(32).hex(),
+            "modules": {path.name: packed(path) for path in self._request.modules},
         }
+
+    def word(self) -> dict[str, Any]:
+        """What it is told when it knows its tests: its share of them, and those that are done."""
+        return {"share": [self.number, self._request.guests], "done": sorted(self._done)}
 
     def write(self, record: Record) -> None:
         """Keep a record, and mind what of the share is done."""

@@ -204,6 +204,7 @@ def _supervise(
         boots=args.boots,
         guests=_guests(args),
         snapshots=cache_root() / "snapshots" if _may_resume(args, accelerator) else None,
+        keep_collected=not args.pytest_args,
         counters=args.counters,
         repeat=args.repeat or repeat_command(args, kernel),
         console=results.with_suffix(".console"),
@@ -219,8 +220,8 @@ def _supervise(
 
 
 def _may_resume(args: argparse.Namespace, accelerator: Accelerator) -> bool:
-    """Whether to go on from a guest that has booted: for a few tests, and for a kernel that will be tried again."""
-    return accelerator.name == "tcg" and bool(args.pytest_args) and not (args.fresh or args.source)
+    """Whether to go on from a guest that has booted: for a kernel that will be tried again."""
+    return accelerator.name == "tcg" and not (args.fresh or args.source)
 
 
 def _guests(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         image = tmp_path / f"{spec}.image"
         if not image.exists():
             image.write_text(spec)
-        return Kernel(spec, image, spec)
+        return Kernel(spec, image, spec, flavour="debug" if spec.endswith("debug") else "base")
 
     monkeypatch.setattr(matrix, "resolve", resolve)
     return tmp_path
@@ -133,6 +133,14 @@ def test_a_complete_column_is_kept_and_an_interrupted_one_done_again(kernels: Pa
     (kernels / "7.3.image").write_text("another kernel")
     run_matrix(arguments(out, "7.3"))
     assert (out / "7.3.jsonl.began").read_text() != began["7.3"]
+
+
+def test_the_slowest_kernel_begins_first(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A debug kernel takes as long as eight others, so it is not left to the end; the rest goes as it was asked for."""
+    fake_guests(monkeypatch, dict.fromkeys(("7.2", "7.3", "7.3-debug"), a_run("7.3", Verdict.PASSED)))
+    run_matrix(arguments(kernels / "out", "7.3", "7.2", "7.3-debug", jobs=1))
+    began = {path.name: float(path.read_text()) for path in (kernels / "out").glob("*.began")}
+    assert sorted(began, key=began.__getitem__) == [f"{name}.jsonl.began" for name in ("7.3-debug", "7.3", "7.2")]
 
 
 def test_a_column_without_records_is_named(

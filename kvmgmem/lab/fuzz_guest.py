@@ -71,7 +71,8 @@ def in_guest(config: Any) -> None:
         journal.begin(steps)
         played = play(steps, traits)
         findings = [*played.known, *filter(None, [played.finding])]
-        _note(write, PLAYED, {"lines": played.lines(), "findings": [[f.sort, f.bug, str(f)] for f in findings]})
+        lines = played.lines(findings[0] if findings else None)
+        _note(write, PLAYED, {"lines": lines, "findings": [[f.sort, f.bug, str(f)] for f in findings]})
         return
     campaign = Campaign(traits, set(job["told"]), dict(job["sorts"]))
     deadline = time.monotonic() + job["seconds"]
@@ -135,10 +136,19 @@ class Round:
             self.last_sequence = steps
 
 
+class RoundOverError(Exception):
+    """Raised by whoever follows a round, when there is no point in its going on; `round` is what it had come to."""
+
+    def __init__(self, so_far: Round) -> None:
+        super().__init__("the search is over")
+        self.round = so_far
+
+
 def run_round(make_request: Callable[[Path], "Request"], job: Job, on_record: Callable[[Round], None]) -> Round:
     """Boot a guest for one job and follow its notes; raises `HarnessError` if it does not come to a test.
 
-    `make_request` makes the supervisor's request for a directory of tests; the job is added to its environment here.
+    `make_request` makes the supervisor's request for a directory of tests; the job is added to its environment here. What
+    `on_record` raises ends the guest.
     """
     from kvmgmem.lab.supervisor import Supervisor
 

@@ -23,6 +23,7 @@ from kvmgmem.exit_codes import ExitCode, gravest
 from kvmgmem.lab.capacity import guests_that_fit
 from kvmgmem.lab.kernels import Kernel, resolve
 from kvmgmem.lab.variants import PLAIN, VARIANTS, Variant, is_variant, lookup
+from kvmgmem.lab.vm_cli import FLAVOUR_SLOWNESS
 from kvmgmem.results.compare import compare, write_comparison
 from kvmgmem.results.html import write_html_comparison
 from kvmgmem.results.outputs import WRITERS, write_file
@@ -96,7 +97,9 @@ def run_matrix(args: argparse.Namespace) -> int:
         column.kept = _is_done(column)
     jobs = args.jobs or guests_that_fit(max(column.memory_mib for column in columns))
     try:
-        _run([column for column in columns if not column.kept], jobs)
+        # What takes longest begins first: at the end nobody waits for it alone.
+        left = [column for column in columns if not column.kept]
+        _run(sorted(left, key=lambda column: -FLAVOUR_SLOWNESS.get(column.kernel.flavour or "", 1.0)), jobs)
     finally:
         _stop(columns)
     return _report(columns, args.out)

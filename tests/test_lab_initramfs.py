@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvmgmem.errors import HarnessError
+from kvmgmem.lab import rewritten_tests
 from kvmgmem.lab.initramfs import (
     Entry,
     Image,
@@ -30,6 +31,7 @@ from kvmgmem.lab.initramfs import (
     required_distributions,
     trim_elf,
 )
+from kvmgmem.lab.rewritten_tests import rewritten_test
 
 
 def members(data: bytes) -> Iterator[Entry]:
@@ -184,6 +186,27 @@ def test_pytest_itself_takes_the_rewritten_bytecode(selftests: Path, tmp_path: P
     cache.write_bytes(bytecode.data)
     complaints: list[str] = []
     assert _read_pyc(selftests / "test_one.py", cache, complaints.append) is not None, complaints
+
+
+def test_what_was_rewritten_is_kept_until_the_test_changes(
+    selftests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time nothing is rewritten, and the result is the same; another text is another file's business."""
+    source, kept = selftests / "test_one.py", tmp_path / "kept"
+    first = rewritten_test("/kvmgmem/selftests/test_one.py", source, kept)
+    assert first is not None
+    monkeypatch.setattr(rewritten_tests, "_code", lambda text, target: b"made anew")
+    assert rewritten_test("/kvmgmem/selftests/test_one.py", source, kept) == first
+    for other in ("/kvmgmem/selftests/test_two.py", "/kvmgmem/selftests/test_one.py"):
+        if other.endswith("test_one.py"):
+            source.write_text("def test_one():\n    assert 1 + 1 == 3\n")
+        rewritten_test(other, source, kept)
+    assert sum(path.read_bytes() == b"made anew" for path in kept.iterdir()) == 2
+    rewritten_tests.remove_unused(kept)
+    assert len(list(kept.iterdir())) == 3
+    os.utime(next(kept.iterdir()), (1, 1))
+    rewritten_tests.remove_unused(kept)
+    assert len(list(kept.iterdir())) == 2
 
 
 def test_the_project_layer_holds_the_tests_under_their_own_name(selftests: Path) -> None:

@@ -9,7 +9,6 @@ Uncompressed, because under emulation inflating costs more than it saves. Byte-c
 bytecode (PEP 552), because a guest under emulation compiles at a hundredth of the host's speed.
 """
 
-import ast
 import gzip
 import hashlib
 import importlib.metadata
@@ -25,7 +24,6 @@ import struct
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +34,9 @@ from pathlib import Path, PurePosixPath
 
 import kvmgmem
 from kvmgmem.errors import HarnessError
+from kvmgmem.lab import rewritten_tests
 from kvmgmem.lab.cache import disk_errors, write_file
+from kvmgmem.lab.rewritten_tests import rewritten_test
 
 PROJECT_DIRECTORY = "/kvmgmem"
 """Where the guest's runner starts: the selftests directory lies in it under its own name: node ids as on a host."""
@@ -199,8 +199,10 @@ def build_image(request: ImageRequest, cache: Path, progress: Callable[[str], No
         path = cache / f"initramfs-{key}.cpio"
         built_project = not path.exists()
         if built_project:
-            write_file(path, base.read_bytes() + archive(_project_entries(request, items)))
+            tests = cache / "tests"
+            write_file(path, base.read_bytes() + archive(_project_entries(request, items, tests)))
             remove_unused(cache)
+            rewritten_tests.remove_unused(tests)
         else:
             os.utime(path)  # what has not been used for long is removed first
     return Image(path, path.stat().st_size, time.monotonic() - started, built_base, built_project)
@@ -464,9 +466,9 @@ def guest_selftests(request: ImageRequest) -> str:
     return f"{PROJECT_DIRECTORY}/{request.selftests.resolve().name}"
 
 
-def _project_entries(request: ImageRequest, items: Sequence[Item]) -> Iterator[Entry]:
+def _project_entries(request: ImageRequest, items: Sequence[Item], kept: Path) -> Iterator[Entry]:
     for item in items:
-        yield from render(item)
+        yield from render(item, kept)
     metadata = f"{guest_site_packages()}/kvmgmem-{kvmgmem.__version__}.dist-info"
     yield Entry(
         f"{metadata}/METADATA",
@@ -531,8 +533,8 @@ def _ini_value(value: object) -> str:
 # --- files into entries -----------------------------------------------------------------------------------------------
 
 
-def render(item: Item) -> Iterator[Entry]:
-    """Turn one file into its archive members."""
+def render(item: Item, kept: Path | None = None) -> Iterator[Entry]:
+    """Turn one file into its archive members; `kept` is the folder of what was made of tests before."""
     data = item.source.read_bytes()
     mode = stat.S_IFREG | (0o755 if os.access(item.source, os.X_OK) else 0o644)
     match item.treatment:
@@ -553,7 +555,9 @@ def render(item: Item) -> Iterator[Entry]:
         case Treatment.TEST:
             mtime = int(item.source.stat().st_mtime)
             yield Entry(item.target, mode, data, mtime)
-            yield from _rewritten_test(item.target, item.source)
+            if rewritten := rewritten_test(item.target, item.source, kept):
+                path, code = rewritten
+                yield Entry(path, stat.S_IFREG | 0o644, code)
 
 
 def _bytecode(source: bytes, target: str) -> bytes | None:
@@ -564,44 +568,6 @@ def _bytecode(source: bytes, target: str) -> bytes | None:
         return None
     header = importlib.util.MAGIC_NUMBER + struct.pack("<I", 0b01) + importlib.util.source_hash(source)
     return header + marshal.dumps(code)
-
-
-def _rewritten_test(target: str, source: Path) -> Iterator[Entry]:
-    """What pytest caches after rewriting a test's assertions, so that the guest need not parse and rewrite.
-
-    The rewriting is pytest's own (private) function, and its own reader says which of the formats that pytest has had it
-    accepts; where either has moved, the guest does the work, only slower.
-    """
-    try:
-        from _pytest.assertion.rewrite import PYC_TAIL, _read_pyc, rewrite_asserts
-
-        text = source.read_bytes()
-        tree = ast.parse(text, filename=target)
-        rewrite_asserts(tree, text, target, None)
-        code = marshal.dumps(compile(tree, target, "exec", dont_inherit=True))
-    except (ImportError, SyntaxError, TypeError):
-        return
-    path = PurePosixPath(target)
-    cached = str(path.parent / "__pycache__" / (path.stem + PYC_TAIL))
-    for header in _rewritten_headers(source, text):
-        with tempfile.NamedTemporaryFile(suffix=".pyc") as file:
-            file.write(header + code)
-            file.flush()
-            if _read_pyc(source, Path(file.name)) is not None:
-                yield Entry(cached, stat.S_IFREG | 0o644, header + code)
-                return
-
-
-def _rewritten_headers(source: Path, text: bytes) -> Iterator[bytes]:
-    """By hash (flags 0b11, checked; PEP 552) as pytest 9.2 has it, by time and size as pytest 8 did.
-
-    The latter needs CONFIG_INITRAMFS_PRESERVE_MTIME in the guest.
-    """
-    status = source.stat()
-    yield importlib.util.MAGIC_NUMBER + struct.pack("<I", 0b11) + importlib.util.source_hash(text)
-    yield importlib.util.MAGIC_NUMBER + struct.pack(
-        "<III", 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF
-    )
 
 
 def _decompressed(path: Path, data: bytes) -> bytes:

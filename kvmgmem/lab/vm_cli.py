@@ -84,7 +84,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--boots", type=int, default=25, metavar="N", help="how often a dying guest is started at most (default 25)"
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="boot, even where a guest of this kind was kept when it had booted"
+        "--fresh", action="store_true", help="boot, even where a guest of this kind was kept earlier"
     )
     parser.add_argument("--memory", type=int, default=1536, metavar="MiB", help="the guest's memory (default 1536)")
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="its CPUs (default 2)")

@@ -50,8 +50,8 @@ def _fds() -> dict[int, str]:
 
 def _kvm_mappings(process: str) -> tuple[str, ...]:
     maps = _read_whole(f"/proc/{process}/maps")
-    # Hundreds of lines that are of no interest; they are only taken apart where one is.
-    if b"kvm" not in maps:
+    # Hundreds of lines that are of no interest; they are only taken apart where one is. (Our own library's path has "kvm".)
+    if not any(name.encode() in maps for name in KVM_MAPPINGS):
         return ()
     lines = maps.decode(errors="replace").splitlines()
     return tuple(line.split(maxsplit=5)[5] for line in lines if any(name in line for name in KVM_MAPPINGS))

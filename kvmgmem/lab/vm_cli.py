@@ -83,9 +83,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--boots", type=int, default=25, metavar="N", help="how often a dying guest is started at most (default 25)"
     )
-    parser.add_argument(
-        "--fresh", action="store_true", help="boot, even where a guest of this kind was kept earlier"
-    )
+    parser.add_argument("--fresh", action="store_true", help="boot, even where a guest of this kind was kept earlier")
     parser.add_argument("--memory", type=int, default=1536, metavar="MiB", help="the guest's memory (default 1536)")
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="its CPUs (default 2)")
     parser.add_argument("--numa", type=int, default=1, metavar="N", help="its NUMA nodes (default 1)")

@@ -66,6 +66,9 @@ PROGRAM(patrol, "1: movq (%rdi), %rax\n incq %rcx\n testq %rax, %rax\n jz 2f\n c
 /* Wait until rdi holds something other than rsi, then report it. */
 PROGRAM(await, "1: pause\n movq (%rdi), %rax\n cmpq %rsi, %rax\n je 1b\n" REPORT);
 
+/* Load from rdi, telling each value at rsi + 8, until rsi holds something other than 0; then load once more, and report that. */
+PROGRAM(load_when, "1: movq (%rdi), %rax\n movq %rax, 8(%rsi)\n movq (%rsi), %rcx\n testq %rcx, %rcx\n jz 1b\n movq (%rdi), %rax\n" REPORT);
+
 /* String output of rcx bytes at rsi to port dx: on most backends this goes through KVM's emulator. */
 PROGRAM(outs, "cld\n rep outsb\n" REPORT);
 
@@ -92,8 +95,8 @@ static const struct {
 } programs[] = {
 	ENTRY(load1), ENTRY(load2), ENTRY(load4), ENTRY(load8), ENTRY(store1), ENTRY(store2), ENTRY(store4),
 	ENTRY(store8), ENTRY(store_each), ENTRY(check_each), ENTRY(check_same), ENTRY(jump), ENTRY(report),
-	ENTRY(spin), ENTRY(watch), ENTRY(hammer), ENTRY(await), ENTRY(patrol), ENTRY(outs), ENTRY(movs8), ENTRY(store8_jump),
-	ENTRY(undefined), ENTRY(halt), ENTRY(vmcall), ENTRY(vmmcall),
+	ENTRY(spin), ENTRY(watch), ENTRY(hammer), ENTRY(await), ENTRY(patrol), ENTRY(load_when), ENTRY(outs), ENTRY(movs8),
+	ENTRY(store8_jump), ENTRY(undefined), ENTRY(halt), ENTRY(vmcall), ENTRY(vmmcall),
 };
 
 int kvmgmem_guest_program_count(void)

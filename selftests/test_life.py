@@ -152,6 +152,29 @@ def test_slot_remains_after_its_gmem_is_gone(bound: Bound) -> None:
         assert vm.raw.set_region(again) == OK
 
 
+@contract("GM-LIFE-004", "GM-LIFE-005", "C9")
+@guest_reaches
+def test_a_dead_slot_is_no_business_of_later_gmems(running: Running) -> None:
+    """A gmem that is made after another one is gone keeps its bindings when the other's slot is deleted.
+
+    The kernel gives out the memory of closed files again, the last one first, so a slot that still pointed to one would now
+    point to a file that it never knew.
+    """
+    vm, elsewhere = running.vm, running.region.but(slot=1, gpa=2 * GPA)
+    running.gmem.close()
+    for _ in range(4):
+        with vm.create_guest_memfd(SIZE, running.gmem.flags) as later:
+            vm.set_region(elsewhere.but(gmem=later))
+            assert is_dead(running.cpu.try_load(running.gpa), running.gpa)
+            vm.delete_region(0)
+            running.cpu.store(elsewhere.gpa, STAMP)
+            assert running.cpu.load(elsewhere.gpa) == STAMP
+            later.punch(0, PAGE_SIZE)
+            assert running.cpu.load(elsewhere.gpa) == 0
+            vm.delete_region(1)
+            vm.set_region(running.region.but(gmem=later))
+
+
 @contract("GM-LIFE-004", "GM-LIFE-005", "C7", "C9")
 @guest_reaches
 def test_dead_slot_faults_until_it_is_replaced(running: Running) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmgmem import syscalls
+from kvmgmem import numa, syscalls
 from kvmgmem.abi import OK, PAGE_SIZE, GiB, GmemFlag, KiB, MiB
 from kvmgmem.advice import Advice
 from kvmgmem.errors import Answer, Errno
@@ -18,6 +18,7 @@ from kvmgmem.fd import OwnedFd
 from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.host import Host
 from kvmgmem.memory import Mapping, MemoryRegion
+from kvmgmem.numa import Mode, Policy
 from kvmgmem.processes import Channel, ChildProcess, in_child
 from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, vm_types, wait_until
 from kvmgmem.testing.fixtures import GPA, Running
@@ -351,6 +352,20 @@ def test_inodes_come_and_go_with_their_files(vm: Vm) -> None:
         gmem.close()
     # Inodes go after an RCU grace period; others may have made some meanwhile.
     wait_until(lambda: in_use(SLAB) < before + GMEMS // 4, "the inodes are given back")
+
+
+@contract("GM-NUMA-003")
+@requires("file-policy", "policy-cache", "root", config="NUMA")
+@vm_types("default")
+def test_policies_go_with_their_files(vm: Vm) -> None:
+    """The policy of a file is given back after the file is gone, also where pages were allocated by it."""
+    policy = Policy.of(Mode.BIND, numa.memory_nodes()[0])
+    before = in_use("numa_policy")
+    for _ in range(GMEMS):
+        with vm.create_guest_memfd(PAGE_SIZE, GmemFlag.MMAP) as gmem, gmem.map() as host:
+            assert numa.mbind(host.address, host.length, policy) == OK
+            gmem.allocate()
+    wait_until(lambda: in_use("numa_policy") < before + GMEMS // 4, "the policies are given back")
 
 
 @contract("GM-RES-011")

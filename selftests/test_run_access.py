@@ -19,6 +19,7 @@ PROT_NONE = 0
 GROUP = 8  # PTE_PREFETCH_NUM, arch/x86/kvm/mmu/mmu.c
 PLAIN_GPA = 2 * GPA
 STAMP = 0x5EED_0000
+ROUNDS = 24
 FILLER = 0xEE
 FILLED = 0xEEEE_EEEE_EEEE_EEEE
 
@@ -193,6 +194,29 @@ def test_a_running_guest_sees_the_hole_and_then_the_hosts_store(running: Running
         with running.cpu.running() as run:
             host.store(STAMP + 1, 0)
             assert running.cpu.finish(run.result()).rax == STAMP + 1
+
+
+@contract("GM-RUN-007", "GM-RACE-001")
+@vm_types("default")
+@gmem_kinds("gMS")
+def test_a_hole_is_there_when_the_punch_returns(running: Running) -> None:
+    """A vCPU that reads a page over and over finds zeros there as soon as the punch has returned, not a moment later.
+
+    Until then it may use what its processor remembers of the page tables, which every way out of the guest makes it forget:
+    hence some rounds.
+    """
+    flag, told = PAGE_SIZE, PAGE_SIZE + 8
+    with running.gmem.map() as host:
+        for _ in range(ROUNDS):
+            host.store(STAMP, 0)
+            host.store(0, flag)
+            host.store(0, told)
+            running.cpu.start("load_when", rdi=GPA, rsi=GPA + flag)
+            with running.cpu.running() as run:
+                wait_until(lambda: host.load(told) == STAMP, "the guest reads the page")
+                running.gmem.punch(0, PAGE_SIZE)
+                host.store(1, flag)
+                assert running.cpu.finish(run.result()).rax == 0
 
 
 @contract("GM-RUN-023")

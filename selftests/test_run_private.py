@@ -67,6 +67,7 @@ def test_a_private_access_to_no_slot_faults_out(vm: Vm, cpu: GuestCpu) -> None:
     """
     vm.set_private(NOWHERE, 2 * PAGE_SIZE)
     assert cpu.try_load(NOWHERE + 8, 4) == private_fault(NOWHERE)
+    assert cpu.try_load(NOWHERE + 16, 4) == private_fault(NOWHERE)  # and nothing of it is cached as MMIO
     assert cpu.try_store(NOWHERE + PAGE_SIZE + 8, 1, 4) == private_fault(NOWHERE + PAGE_SIZE)
     beyond = NOWHERE + 2 * PAGE_SIZE  # the control: only the attribute differs
     shared = cpu.try_load(beyond, 4)

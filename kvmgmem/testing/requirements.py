@@ -226,6 +226,11 @@ _ALL = [
         "this kernel takes the inodes of gmems from no cache of their own (kvm_gmem_inode_cache, since 6.19)",
     ),
     Requirement(
+        "policy-cache",
+        lambda host: not host.root or "\nnuma_policy " in _text("/proc/slabinfo"),
+        "this kernel does not tell how many memory policies there are (the cache numa_policy in /proc/slabinfo)",
+    ),
+    Requirement(
         "failing-allocations",
         lambda host: (
             Path("/proc/self/fail-nth").exists()

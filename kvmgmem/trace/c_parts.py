@@ -299,6 +299,7 @@ PROGRAMS: Final[dict[str, str]] = {
     "watch": "1: movq (%rdi), %rax; incq %rcx; cmpq %rsi, %rax; je 1b; cmpq %rdx, %rax; je 1b; REPORT",
     "hammer": "1: incq %rax; movq %rax, (%rdi); jmp 1b",
     "await": "1: pause; movq (%rdi), %rax; cmpq %rsi, %rax; je 1b; REPORT",
+    "load_when": "load (rdi), telling it at rsi + 8, until (rsi) is not 0; then load (rdi) once more; REPORT",
     "patrol": "over the pages of [r8, r9) for ever: report what is neither 0, rsi nor rdx; store rbx, unless 0, where 0 is",
     "outs": "cld; rep outsb; REPORT",
     "movs8": "cld; movsq; REPORT",

@@ -15,11 +15,13 @@ from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab.progress import Progress
 from kvmgmem.mutate import campaign as campaign_module
 from kvmgmem.mutate import report, tree
+from kvmgmem.mutate.apply import without_comments
 from kvmgmem.mutate.build import Built
 from kvmgmem.mutate.campaign import Campaign, Plan
 from kvmgmem.mutate.catalogue import Mutant
 from kvmgmem.mutate.guest import Guest, Trial
 from kvmgmem.mutate.judge import Fate
+from kvmgmem.mutate.modules import Kernel
 from kvmgmem.mutate.scheduler import load_distributed
 from kvmgmem.mutate.state import Circumstances, Result, State, mutant_digest
 from kvmgmem.results.records import TestEnd, Verdict
@@ -47,6 +49,11 @@ def mutant(name: str, find: str = "a == 1", put: str = "a == 7", function: str =
     return Mutant(name, "virt/x.c", function, "dropped check", find, put, ("GM-CRE-001",), ("test_first",), **more)
 
 
+def compiled(source: str) -> str:
+    """As a compiler does, it makes nothing of comments and white space."""
+    return "".join(without_comments(source).split())
+
+
 @dataclass
 class Lab:
     """A source tree, and a make and a guest that look at the private tree and say what they saw."""
@@ -57,37 +64,57 @@ class Lab:
     """Text in the source to the test that notices it."""
     runs: list[tuple[str, ...]] = field(default_factory=list)
     unbuildable: str = "#error"
+    config: str = "CONFIG_A=y\n"
+    goals: list[tuple[str, ...]] = field(default_factory=list)
+    kernels: list[tuple[Kernel, str]] = field(default_factory=list)
+    """What was booted, and the text in it."""
+    guests: list[Guest] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def base(self, private: Path, log: Path, jobs: int, progress: Progress) -> Path:
         return self._image(private)
 
-    def make(self, private: Path, log: Path, jobs: int, stop: threading.Event | None = None) -> Built:
+    def make(
+        self,
+        private: Path,
+        log: Path,
+        jobs: int,
+        stop: threading.Event | None = None,
+        goals: Sequence[str] = ("bzImage",),
+    ) -> Built:
+        self.goals.append(tuple(goals))
         if self.unbuildable in (private / "virt/x.c").read_text():
             return Built("x.c:1: error: #error", 1.0)
-        self._image(private)
+        if "bzImage" in goals:
+            self._image(private)
+        for module in (goal for goal in goals if goal.endswith(".ko")):
+            built = private / tree.OBJECTS / module
+            built.parent.mkdir(parents=True, exist_ok=True)
+            built.write_text(compiled((private / "virt/x.c").read_text()))
         return Built("", 1.0)
 
     def _image(self, private: Path) -> Path:
         objects = private / tree.OBJECTS
         for name in ("arch/x86/boot", "include/config"):
             (objects / name).mkdir(parents=True, exist_ok=True)
-        (objects / ".config").write_text("CONFIG_A=y\n")
+        (objects / ".config").write_text(self.config)
         (objects / "include/config/kernel.release").write_text("7.3.4-kvmgmem-mutate\n")
         image = objects / "arch/x86/boot/bzImage"
         image.write_text((private / "virt/x.c").read_text())
         return image
 
-    def guest(self, guest: Guest, kernel: Path, tests: Sequence[str], records: Path, *, stop_at_failure: bool) -> Trial:
+    def guest(self, guest: Guest, kernel: Kernel, tests: Sequence[str], records: Path, *, stop_at_failure: bool) -> Trial:
+        text = (kernel.modules[0] if kernel.modules else kernel.image).read_text()
         with self.lock:
             self.runs.append(tuple(tests))
+            self.kernels.append((kernel, text))
+            self.guests.append(guest)
         selections = [test for test in tests if not test.startswith("--")] or list({FIRST, SECOND, OTHER})
         planned = tuple(
             test
             for test in (FIRST, SECOND, OTHER)
             if any(test == chosen or test.startswith(f"{chosen}::") for chosen in selections)
         )
-        text = kernel.read_text()
         failing = {test for token, test in self.notices.items() if token in text}
         ends = tuple(
             TestEnd(
@@ -123,7 +150,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     selftests.mkdir()
     for name in ("test_cre.py", "test_z.py"):
         (selftests / name).write_text("")
-    guest = Guest(tmp_path / "image", "tcg", 5.0, "qemu")
+    guest = Guest(tmp_path / "image", "tcg", 5.0, "qemu", snapshots=tmp_path / "snapshots")
     plan = Plan(source, tmp_path / "work", guest, selftests, TESTS, "digest", ("virt/x.c",))
     plan.work.mkdir()
     lab = Lab(plan, State(tmp_path / "out" / "mutants.jsonl"))
@@ -160,6 +187,31 @@ def test_a_campaign_of_less_depth_leaves_mutants_undecided_and_a_deeper_one_take
     assert lab.state.left([mutant("m")], digests, "rest") == [mutant("m")]
     lab.campaign().run([mutant("m")])
     assert lab.fate("m") == (Fate.KILLED, OTHER, "rest")
+    assert [run for run in lab.runs if run == (FIRST,)] == [(FIRST,)] * 2  # the unmutated kernel's, and the mutant's once
+
+
+def test_the_kernels_own_tests_are_asked_about_what_is_known(lab: Lab) -> None:
+    """Without ours a second time; and not about what no guest can tell."""
+    lab.notices["a == 7"] = FIRST
+    mutants = [mutant("m"), mutant("same", put="1 == a", equivalent="it is the same")]
+    lab.campaign(depth="first").run(mutants)
+    asked: list[str] = []
+
+    def theirs(kernel: Kernel, records: Path) -> str:
+        asked.append(kernel.image.read_text())
+        return "survived"
+
+    runs = len(lab.runs)
+    again = lab.campaign(depth="first")
+    again.kernel_tests = theirs
+    digests = {name: result.digest for name, result in lab.state.results.items()}
+    left = lab.state.left(mutants, digests, "first", kselftest=True)
+    assert left == mutants[:1]
+    again.run(left)
+    assert asked == [SOURCE.replace("a == 1", "a == 7")]
+    assert lab.fate("m") == (Fate.KILLED, FIRST, "first")
+    assert lab.state.results["m"].kselftest == "survived"
+    assert len(lab.runs) == runs
 
 
 def test_what_fails_without_a_mutant_is_left_out(lab: Lab) -> None:
@@ -187,7 +239,7 @@ def test_one_mutant_at_a_time_and_never_in_the_source(lab: Lab, monkeypatch: pyt
     """Each starts from the original text, and somebody's tree stays as it is."""
     seen: list[str] = []
 
-    def watch(private: Path, log: Path, jobs: int, stop: threading.Event | None = None) -> Built:
+    def watch(private: Path, log: Path, jobs: int, *_: object) -> Built:
         seen.append((private / "virt/x.c").read_text())
         return lab.make(private, log, jobs)
 
@@ -204,7 +256,7 @@ def test_a_mutant_of_another_file_finds_the_first_file_restored(lab: Lab, monkey
     plan = replace(lab.plan, files=("virt/x.c", "virt/y.c"))
     seen: list[tuple[str, str]] = []
 
-    def watch(private: Path, log: Path, jobs: int, stop: threading.Event | None = None) -> Built:
+    def watch(private: Path, log: Path, jobs: int, *_: object) -> Built:
         seen.append(((private / "virt/x.c").read_text(), (private / "virt/y.c").read_text()))
         return lab.make(private, log, jobs)
 
@@ -212,6 +264,62 @@ def test_a_mutant_of_another_file_finds_the_first_file_restored(lab: Lab, monkey
     other = replace(mutant("b"), file="virt/y.c")
     lab.campaign(files=plan.files, depth="first").run([mutant("a"), other])
     assert seen == [(SOURCE.replace("a == 1", "a == 7"), SOURCE), (SOURCE, SOURCE.replace("a == 1", "a == 7"))]
+
+
+MODULAR = "CONFIG_IRQ_BYPASS_MANAGER=m\nCONFIG_KVM=m\nCONFIG_KVM_AMD=m\nCONFIG_KVM_INTEL=m\n"
+KVM_GOALS = ("virt/lib/irqbypass.ko", "arch/x86/kvm/kvm.ko", "arch/x86/kvm/kvm-amd.ko")
+
+
+def modular(lab: Lab) -> Plan:
+    """Have the lab's kernel hold KVM in modules, and its one source file be KVM's."""
+    lab.config = MODULAR
+    (lab.plan.source / "virt/kvm").mkdir()
+    (lab.plan.source / "virt/kvm/guest_memfd.c").write_text(SOURCE)
+    return replace(lab.plan, files=("virt/kvm/guest_memfd.c", "virt/x.c"))
+
+
+def test_a_mutant_of_kvm_is_modules_on_the_unmutated_kernel(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only they are made anew, they are gone when it is judged, and the next one's are its own."""
+    lab.plan = modular(lab)
+    inner = lab.make
+
+    def make(private: Path, *arguments: object, **named: object) -> Built:
+        (private / "virt/x.c").write_text((private / "virt/kvm/guest_memfd.c").read_text())
+        return inner(private, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(campaign_module, "build_again", make)
+    lab.notices[compiled("a == 7")] = FIRST
+    campaign = lab.campaign(depth="first")
+    campaign.run(
+        [
+            replace(mutant("seen"), file="virt/kvm/guest_memfd.c"),
+            replace(mutant("unseen", "b == 2", "b == 7", "g"), file="virt/kvm/guest_memfd.c"),
+            replace(mutant("comment", put="a == 1 /* or not */"), file="virt/kvm/guest_memfd.c"),
+        ]
+    )
+    assert lab.goals == [KVM_GOALS] * 4
+    (base, original), (seen, mutated), (_, second) = lab.kernels
+    sources = (SOURCE, SOURCE.replace("a == 1", "a == 7"), SOURCE.replace("b == 2", "b == 7"))
+    assert (original, mutated, second) == tuple(compiled(source) for source in sources)
+    assert base.image == seen.image == lab.plan.work / "base/bzImage"
+    assert [path.name for path in seen.modules] == ["000-irqbypass.ko", "001-kvm.ko", "002-kvm-amd.ko"]
+    assert all(guest.snapshots == lab.plan.guest.snapshots for guest in lab.guests)
+    assert lab.fate("seen") == (Fate.KILLED, FIRST, "first")
+    assert lab.fate("unseen") == (Fate.UNDECIDED, "", "first")
+    assert lab.fate("comment")[0] is Fate.EQUIVALENT
+    assert lab.state.results["comment"].reason == campaign_module.SAME_CODE
+    assert list((lab.plan.work / "kernels").iterdir()) == []
+
+
+def test_a_mutant_outside_of_kvm_is_a_whole_kernel(lab: Lab) -> None:
+    """Its own image, and modules that fit to it."""
+    lab.plan = modular(lab)
+    lab.campaign(depth="first").run([mutant("m")])
+    assert lab.goals == [KVM_GOALS, ("bzImage", *KVM_GOALS)]
+    kernel, _ = lab.kernels[-1]
+    assert kernel.image == lab.plan.work / "kernels/m/bzImage"
+    assert len(kernel.modules) == 3
+    assert [guest.snapshots for guest in lab.guests] == [lab.plan.guest.snapshots, None]  # nobody boots it twice
 
 
 def test_several_jobs_share_the_mutants(lab: Lab) -> None:
@@ -271,7 +379,7 @@ def test_a_tree_that_was_configured_in_place_is_refused(lab: Lab) -> None:
 def results() -> tuple[list[Result], dict[str, Mutant]]:
     mutants = [mutant("dead"), mutant("alive", survives="nobody looks"), mutant("same", equivalent="it is the same")]
     found = [
-        Result("dead", Fate.KILLED, "splat", FIRST, "WARNING | in f", "first", 10.0, 20.0, "survived"),
+        Result("dead", Fate.KILLED, "splat", FIRST, "WARNING | in f", "first", 10.0, 20.0, 12.0, "survived"),
         Result("alive", Fate.SURVIVED, stage="rest", build_seconds=10.0, guest_seconds=80.0, kselftest="guest_memfd_test"),
         Result("same", Fate.EQUIVALENT, reason="it is the same"),
     ]
@@ -295,9 +403,12 @@ def test_the_reports_tell_survivors_and_why() -> None:
     assert "Of 4 mutants 1 have **not been tried** yet" in "\n".join(report.markdown(found, more, None))
     assert "- **alive** (survived; `x.c:f`, dropped check, GM-CRE-001): nobody looks" in text
     assert "- **same**: it is the same" in text
-    row = f"| dead | `x.c:f` | dropped check | GM-CRE-001 | killed: splat | `{FIRST}` | 30 | survived |"
+    row = f"| dead | `x.c:f` | dropped check | GM-CRE-001 | killed: splat | `{FIRST}` | 12 | survived |"
     assert row in text
     assert "| dropped check | 1 | 1 | 1 |" in text
+    assert "\n    kvmgmem mutate --source 7.3 --with-kselftest\n    kvmgmem mutate --report --evidence" in text
+    assert "One mutant took 12 s of processor time on average" in text
+    assert "half took at most 30 s" in text
     lines = report.summary(found, mutants)
     assert "score: 1 of 2 killed (50.0 %)" in lines
     content = json.loads(report.as_json(found, mutants, None))

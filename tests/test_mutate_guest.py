@@ -10,7 +10,7 @@ import pytest
 
 from kvmgmem.lab.machine import Machine
 from kvmgmem.lab.supervisor import Request
-from kvmgmem.mutate.guest import OneShot
+from kvmgmem.mutate.guest import MeteredQemu, OneShot
 from kvmgmem.results.records import TestEnd, Verdict
 
 
@@ -59,3 +59,19 @@ def test_a_guest_that_does_not_end_is_ended(
     watched.run_bounded()
     assert watched.out_of_time
     assert qemu.returncode == -9
+
+
+def test_what_qemu_used_is_told_once(tmp_path: Path) -> None:
+    """Also of one that ended by itself, as a guest that powers off does, while nobody looked."""
+    busy = tmp_path / "qemu"
+    busy.write_text(f"#!{sys.executable} -S\nimport time\nwhile time.process_time() < 0.3: pass\n")
+    busy.chmod(0o755)
+    told: list[float] = []
+    machine = Machine(kernel=tmp_path / "bzImage", initrd=tmp_path / "image", accelerator="tcg", qemu=str(busy))
+    with MeteredQemu(machine, told.append) as qemu:
+        while not qemu.ended:
+            qemu.wait(1.0)
+        qemu.process.wait()  # from here on, the kernel knows nothing of it
+    qemu.close()
+    assert len(told) == 1
+    assert told[0] >= 0.29

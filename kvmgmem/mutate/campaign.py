@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab.flavours import config_hash
+from kvmgmem.lab.flavours import config_hash, parse_config
 from kvmgmem.lab.kbuild import BuildError
 from kvmgmem.lab.progress import Progress, duration_text
 from kvmgmem.mutate import tree as private_tree
 from kvmgmem.mutate.apply import Applied, DoesNotApply, apply_mutant, read_source
-from kvmgmem.mutate.build import build_again, build_base, image_of
+from kvmgmem.mutate.build import build_again, build_base, built_config, image_of
 from kvmgmem.mutate.catalogue import Mutant, node_ids
 from kvmgmem.mutate.guest import Guest, Trial, run_tests
 from kvmgmem.mutate.judge import ALL, Baseline, Fate, Notice, first_notice, load_baseline, save_baseline
+from kvmgmem.mutate.modules import Kernel, are_the_same, goals_for, keep, module_goals
 from kvmgmem.mutate.seed import seed_objects
 from kvmgmem.mutate.state import DEPTHS, Circumstances, Result, State, mutant_digest
 
@@ -51,8 +52,10 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 12.0
 """What make may take to end when it is told to."""
 
-KernelTests = Callable[[Path, Path], str]
-"""What --with-kselftest asks besides: given a mutant's kernel and a file for the console, what noticed, or "survived"."""
+KernelTests = Callable[[Kernel, Path], str]
+"""What --with-kselftest asks besides: given a mutant's kernel and a file for the records, what noticed, or "survived"."""
+
+SAME_CODE = "the compiler makes the same machine code of it"
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Ready:
 
     mutant: Mutant
     result: Result
-    image: Path
+    kernel: Kernel
 
 
 @dataclass
@@ -89,8 +92,11 @@ class Campaign:
     _stop: threading.Event = field(default_factory=threading.Event)
     _errors: list[BaseException] = field(default_factory=list)
     _baseline_lock: threading.Lock = field(default_factory=threading.Lock)
-    base_image: Path = Path()
+    base: Kernel = field(default_factory=lambda: Kernel(Path()))
     """The unmutated kernel, once it has been prepared."""
+    kernel_key: str = ""
+    """Its release and its configuration."""
+    _modules: tuple[str, ...] = ()
     _baseline_key: str = ""
 
     def prepare(self) -> None:
@@ -99,10 +105,8 @@ class Campaign:
         first = self._tree(1)
         shutil.rmtree(plan.work / "kernels", ignore_errors=True)  # of a run that was interrupted
         private_tree.make_tree(plan.source, first, plan.files)
-        built = self._built_base(first)
-        self.base_image = plan.work / "bzImage"
-        shutil.copy2(built, self.base_image)
-        config = (first / private_tree.OBJECTS / ".config").read_text(encoding="utf-8")
+        self._build_base(first)
+        config = built_config(first)
         release = (first / private_tree.OBJECTS / "include/config/kernel.release").read_text(encoding="utf-8").strip()
         machine = f"{plan.guest.cpus} CPUs, {plan.guest.numa_nodes} nodes, {plan.guest.memory_mib} MiB"
         self.state.begin(Circumstances(release, config_hash(config), plan.guest.accelerator, machine, str(plan.source)))
@@ -113,20 +117,25 @@ class Campaign:
             else:
                 private_tree.make_tree(plan.source, self._tree(number), plan.files)
         # Which machine the answers are of is in the state's head; which kernel and selftests, here.
-        self._baseline_key = f"{release} {config_hash(config)} {plan.tests_digest}"
+        self.kernel_key = f"{release} {config_hash(config)}"
+        self._baseline_key = f"{self.kernel_key} {plan.tests_digest}"
         self.baseline = load_baseline(self._baseline_path, self._baseline_key)
 
-    def _built_base(self, tree: Path) -> Path:
-        log = self.plan.work / "base.log"
-        if self.plan.objects is None:
-            return build_base(tree, log, self.plan.make_jobs, self.progress)
-        if not (tree / private_tree.OBJECTS / "vmlinux").is_file():
-            self.progress.update(f"taking over {self.plan.objects}")
-            seed_objects(self.plan.source, self.plan.objects, tree)
-        built = build_again(tree, log, self.plan.make_jobs)
-        if built.error:
+    def _build_base(self, tree: Path) -> None:
+        """Build the unmutated kernel and its modules, and keep a copy of them."""
+        plan, log, objects = self.plan, self.plan.work / "base.log", tree / private_tree.OBJECTS
+        if plan.objects is None:
+            build_base(tree, log, plan.make_jobs, self.progress)
+        elif not (objects / "vmlinux").is_file():
+            self.progress.update(f"taking over {plan.objects}")
+            seed_objects(plan.source, plan.objects, tree)
+        self._modules = module_goals(parse_config(built_config(tree)), plan.guest.accelerator)
+        goals = (*(() if plan.objects is None else ("bzImage",)), *self._modules)
+        self.progress.update("building KVM's modules" if self._modules else "building")
+        if goals and (built := build_again(tree, plan.work / "modules.log", plan.make_jobs, goals=goals)).error:
+            log = plan.work / "modules.log"
             raise BuildError(f"the unmutated kernel does not build: {built.error}", f"log: {log}")
-        return image_of(tree)
+        self.base = keep(objects, self._modules, image_of(tree), plan.work / "base")
 
     @property
     def _baseline_path(self) -> Path:
@@ -183,13 +192,13 @@ class Campaign:
                 mutant = waiting.get_nowait()
             except queue.Empty:
                 return
-            result, image = self._built(site, mutant)
+            result, kernel = self._built(site, mutant)
             if self._stop.is_set():
                 return  # a build that was stopped says nothing about the mutant
-            if image is None:
+            if kernel is None:
                 self._keep(result)
             else:
-                self._hand_over(Ready(mutant, result, image))
+                self._hand_over(Ready(mutant, result, kernel))
 
     def _hand_over(self, ready: Ready) -> None:
         while not self._stop.is_set():
@@ -208,8 +217,7 @@ class Campaign:
                     return
                 continue
             self.progress.update(ready.mutant.id, self.done / max(1, self.total))
-            self._keep(self._judged(ready.mutant, ready.result, ready.image))
-            ready.image.unlink(missing_ok=True)
+            self._keep(self._judged(ready.mutant, ready.result, ready.kernel))
 
     def _keep(self, result: Result) -> None:
         self.state.add(result)
@@ -218,10 +226,10 @@ class Campaign:
 
     def try_mutant(self, site: Site, mutant: Mutant) -> Result:
         """Build one mutant, have the tests look at it, and say what became of it."""
-        result, image = self._built(site, mutant)
-        return result if image is None else self._judged(mutant, result, image)
+        result, kernel = self._built(site, mutant)
+        return result if kernel is None else self._judged(mutant, result, kernel)
 
-    def _built(self, site: Site, mutant: Mutant) -> tuple[Result, Path | None]:
+    def _built(self, site: Site, mutant: Mutant) -> tuple[Result, Kernel | None]:
         """A mutant's result as far as it is known without a guest, and its kernel if it needs one."""
         source = read_source(self.plan.source / mutant.file)
         result = Result(
@@ -239,14 +247,20 @@ class Campaign:
             return result, None
         self._put(site, mutant, applied)
         log = self.plan.work / f"build-{site.number}.log"
-        built = build_again(site.tree, log, self.plan.make_jobs, self._stop)
-        result = replace(result, build_seconds=round(built.seconds, 1))
+        goals = goals_for(mutant.file, self._modules)
+        built = build_again(site.tree, log, self.plan.make_jobs, self._stop, goals)
+        result = replace(result, build_seconds=round(built.seconds, 1), cpu_seconds=round(built.cpu_seconds, 1))
         if built.error:
             return replace(result, fate=Fate.DOES_NOT_BUILD, reason=built.error), None
-        image = self.plan.work / "kernels" / mutant.id
-        image.parent.mkdir(exist_ok=True)
-        shutil.copy2(image_of(site.tree), image)
-        return result, image
+        image = image_of(site.tree) if "bzImage" in goals else self.base.image
+        kernel = keep(site.tree / private_tree.OBJECTS, self._modules, image, self._kernel_folder(mutant))
+        if are_the_same(kernel, self.base):
+            shutil.rmtree(self._kernel_folder(mutant), ignore_errors=True)
+            return replace(result, fate=Fate.EQUIVALENT, reason=SAME_CODE), None
+        return result, kernel
+
+    def _kernel_folder(self, mutant: Mutant) -> Path:
+        return self.plan.work / "kernels" / mutant.id
 
     def _put(self, site: Site, mutant: Mutant, applied: Applied) -> None:
         if site.changed and site.changed != mutant.file:
@@ -254,40 +268,69 @@ class Campaign:
         private_tree.write(site.tree, mutant.file, applied.text.encode(errors="surrogateescape"))
         site.changed = mutant.file
 
-    def _judged(self, mutant: Mutant, result: Result, image: Path) -> Result:
+    def _judged(self, mutant: Mutant, result: Result, kernel: Kernel) -> Result:
         records = self.plan.work / "records" / f"{mutant.id}.jsonl"
         records.parent.mkdir(parents=True, exist_ok=True)
-        spent = 0.0
-        notice: Notice | None = None
-        stage = ""
+        known = self.state.results.get(mutant.id)
         try:
-            for name, selections in self._rounds(mutant):
+            if self.kernel_tests is None or known is None or not self._is_decided(known, result):
+                known = self._asked(mutant, result, kernel, records)
+            if self.kernel_tests is not None and known.fate is not Fate.ERROR:
+                known = replace(known, kselftest=self.kernel_tests(kernel, records.with_suffix(".kselftest.jsonl")))
+        finally:
+            shutil.rmtree(self._kernel_folder(mutant), ignore_errors=True)
+        return known
+
+    def _is_decided(self, known: Result, result: Result) -> bool:
+        """Whether an earlier run has already said what the selftests make of this mutant, as deep as this one would go."""
+        if (known.digest, known.tests) != (result.digest, result.tests):
+            return False
+        asked = known.fate is Fate.UNDECIDED and DEPTHS.index(known.stage) >= DEPTHS.index(self.plan.depth)
+        return asked or known.fate in (Fate.KILLED, Fate.SURVIVED)
+
+    def _lived_through(self, result: Result) -> Result | None:
+        """What an earlier run with the same tests found, if it stopped before it had asked all."""
+        known = self.state.results.get(result.mutant)
+        same = known is not None and (known.digest, known.tests) == (result.digest, result.tests)
+        return known if known is not None and same and known.fate is Fate.UNDECIDED else None
+
+    def _asked(self, mutant: Mutant, result: Result, kernel: Kernel, records: Path) -> Result:
+        """What the selftests make of a mutant, round by round; those that let it live in an earlier run are not repeated."""
+        before = self._lived_through(result)
+        spent, cpu = (before.guest_seconds, before.cpu_seconds) if before else (0.0, 0.0)
+        notice: Notice | None = None
+        stage = before.stage if before else ""
+        try:
+            for name, selections in self._rounds(mutant, after=stage):
                 stage = name
                 self._need_baseline(selections)
-                trial = self._run(image, records, selections)
+                trial = self._run(kernel, records, selections)
                 spent += trial.seconds
+                cpu += trial.cpu_seconds
                 if notice := first_notice(trial, self.baseline, selections):
                     break
         except HarnessError as error:
             return replace(result, fate=Fate.ERROR, reason=error.message, stage=stage, guest_seconds=round(spent, 1))
-        result = replace(result, stage=stage, guest_seconds=round(spent, 1))
-        if self.kernel_tests is not None:
-            result = replace(result, kselftest=self.kernel_tests(image, records.with_suffix(".kselftest.jsonl")))
+        cpu = round(cpu + result.cpu_seconds, 1)
+        result = replace(result, stage=stage, guest_seconds=round(spent, 1), cpu_seconds=cpu)
         if notice is not None:
             return replace(result, fate=Fate.KILLED, how=notice.how.value, test=notice.test, reason=notice.reason)
         return replace(result, fate=Fate.SURVIVED if stage == DEPTHS[-1] else Fate.UNDECIDED, reason=mutant.survives)
 
-    def _run(self, image: Path, records: Path, selections: Sequence[str]) -> Trial:
+    def _run(self, kernel: Kernel, records: Path, selections: Sequence[str]) -> Trial:
         tests = [] if ALL in selections else list(selections)
         left_out = [f"--deselect={test}" for test in self.baseline.failing]
-        return run_tests(self.plan.guest, image, [*tests, *left_out], records, stop_at_failure=True)
+        # Nobody boots a mutant's own image twice.
+        guest = self.plan.guest if kernel.image == self.base.image else replace(self.plan.guest, snapshots=None)
+        return run_tests(guest, kernel, [*tests, *left_out], records, stop_at_failure=True)
 
-    def _rounds(self, mutant: Mutant) -> list[tuple[str, list[str]]]:
-        """The rounds of tests, up to the depth that was asked for."""
+    def _rounds(self, mutant: Mutant, after: str = "") -> list[tuple[str, list[str]]]:
+        """The rounds of tests behind that one, up to the depth that was asked for."""
         first = node_ids(mutant, self.plan.tests)
         files = list(dict.fromkeys([*(test.partition("::")[0] for test in first), *self._files_of_areas(mutant)]))
         rounds = [("first", first), ("file", files), ("rest", [ALL])]
-        return [entry for entry in rounds[: DEPTHS.index(self.plan.depth) + 1] if entry[1]]
+        begin = DEPTHS.index(after) + 1 if after else 0
+        return [entry for entry in rounds[begin : DEPTHS.index(self.plan.depth) + 1] if entry[1]]
 
     def _files_of_areas(self, mutant: Mutant) -> list[str]:
         """The files named after the areas of the rules that the mutant breaks: GM-BIND's is test_bind*.py."""
@@ -303,7 +346,7 @@ class Campaign:
             self.progress.note(f"first on the unmutated kernel: {len(lacking)} selections of tests")
             tests = [] if ALL in lacking else lacking
             records = self.plan.work / "baseline.jsonl"
-            self.baseline.add(lacking, run_tests(self.plan.guest, self.base_image, tests, records, stop_at_failure=False))
+            self.baseline.add(lacking, run_tests(self.plan.guest, self.base, tests, records, stop_at_failure=False))
             save_baseline(self.baseline, self._baseline_path, self._baseline_key)
             for test in self.baseline.failing:
                 self.progress.note(f"left out, because it fails without any mutant: {test}")

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -11,8 +11,9 @@ from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import Machine
-from kvmgmem.lab.qemu import Qemu
+from kvmgmem.lab.qemu import Line, Qemu
 from kvmgmem.lab.supervisor import Request, Supervisor
+from kvmgmem.mutate.modules import Kernel
 from kvmgmem.results.records import Plan, Record, TestEnd, TestStart, Verdict
 
 TEST_SECONDS: Final = 10.0
@@ -39,6 +40,8 @@ class Guest:
     cpus: int = 2
     numa_nodes: int = 2
     """Two, so that policies have a choice."""
+    snapshots: Path | None = None
+    """Where a booted guest is kept, for kernels that differ in their modules alone: those come with the tests."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Trial:
     first_test_after: float | None = None
     seconds: float = 0.0
     """From the start of QEMU to its end."""
+    cpu_seconds: float = 0.0
+    """What QEMU used of the processors, over all boots."""
     console: Path | None = field(default=None, compare=False)
 
 
@@ -72,7 +77,7 @@ class Silent:
 
 def run_tests(
     guest: Guest,
-    kernel: Path,
+    kernel: Kernel,
     tests: Sequence[str],
     records: Path,
     *,
@@ -89,7 +94,7 @@ def run_tests(
     console.unlink(missing_ok=True)
     stopping = ["-x"] if stop_at_failure else []
     machine = Machine(
-        kernel=kernel,
+        kernel=kernel.image,
         initrd=guest.image,
         accelerator=guest.accelerator,
         memory_mib=guest.memory_mib,
@@ -105,6 +110,8 @@ def run_tests(
         limits=replace(LIMITS, test=2 * test_seconds).scaled(guest.time_scale),
         boots=1 if stop_at_failure else 25,
         console=console,
+        snapshots=guest.snapshots,
+        modules=kernel.modules,
     )
     supervisor = OneShot(request, stop_at_failure, GUEST_SECONDS[bool(tests)] * guest.time_scale)
     trouble, kernel_died = "", False
@@ -120,8 +127,30 @@ def run_tests(
         trial,
         first_test_after=supervisor.first_test_after,
         seconds=time.monotonic() - started,
+        cpu_seconds=supervisor.cpu_seconds,
         console=console,
     )
+
+
+class MeteredQemu(Qemu):
+    """A QEMU that tells, once it is over, what it used of the processors."""
+
+    def __init__(self, machine: Machine, tell: Callable[[float], None]) -> None:
+        super().__init__(machine)
+        self._tell = tell
+        self._used = 0.0
+
+    def wait(self, timeout: float) -> list[Line]:
+        """As ever; when everything has been read, nobody has waited for the process yet, and it can still be asked."""
+        lines = super().wait(timeout)
+        self._used = max(self._used, self.cpu_seconds())
+        return lines
+
+    def close(self) -> None:
+        """Tell, then close; the second time there is nothing more to tell."""
+        self._tell(max(self._used, self.cpu_seconds()))
+        self._tell = lambda _: None
+        super().close()
 
 
 class OneShot(Supervisor):
@@ -132,14 +161,18 @@ class OneShot(Supervisor):
 
     def __init__(self, request: Request, stop_at_failure: bool, seconds: float) -> None:
         self.out_of_time = False
+        self.cpu_seconds = 0.0
         self._stop_at_failure = stop_at_failure
         self._seconds = seconds
         self._qemu: Qemu | None = None
         super().__init__(request, Silent(), self._start)
 
     def _start(self, machine: Machine) -> Qemu:
-        self._qemu = Qemu(machine)
+        self._qemu = MeteredQemu(machine, self._spend)
         return self._qemu
+
+    def _spend(self, seconds: float) -> None:
+        self.cpu_seconds += seconds
 
     def run_bounded(self) -> None:
         """Run, but for no longer than the time given. Raises HarnessError as `run` does."""

@@ -9,11 +9,12 @@ from typing import Final
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab import cache
 from kvmgmem.lab.initramfs import PROJECT_DIRECTORY, ImageRequest, build_image
-from kvmgmem.lab.kernel_source import tree_origin
-from kvmgmem.lab.kselftest import build_tests
+from kvmgmem.lab.kernel_source import Origin
+from kvmgmem.lab.kselftest import NODE_PREFIX, build_tests
 from kvmgmem.lab.progress import Progress
 from kvmgmem.mutate.guest import Guest, Trial, run_tests
-from kvmgmem.mutate.judge import ALL, Baseline, first_notice
+from kvmgmem.mutate.judge import ALL, first_notice, load_baseline, save_baseline
+from kvmgmem.mutate.modules import Kernel
 
 PROGRAM_SECONDS: Final = 24.0
 """What one program may take, before scaling: under emulation the 120 s that the kernel's own runner gives it."""
@@ -24,37 +25,52 @@ SURVIVED: Final = "survived"
 class KernelTests:
     """The programs in an image of their own, and what they answer on the unmutated kernel."""
 
-    def __init__(self, source: Path, work: Path, guest: Guest, base: Path, progress: Progress) -> None:
-        """Build programs and image; `base` is the unmutated kernel, which is tried when it is first needed.
+    def __init__(self, source: Origin, work: Path, guest: Guest, base: Kernel, key: str, progress: Progress) -> None:
+        """Build programs and image; `base` is the unmutated kernel, which is tried when it is first needed, if it has to be.
 
-        Raises HarnessError where the tree has no KVM selftests, or they do not build.
+        `key` names that kernel. Raises HarnessError where the tree has no KVM selftests, or they do not build.
         """
         from kvmgmem.testing import kselftest
 
-        programs = build_tests(tree_origin(source), [], progress)
+        programs = build_tests(source, [], progress)
         directory = work / kselftest.DIRECTORY
         directory.mkdir(exist_ok=True)
         extra = tuple((f"{PROJECT_DIRECTORY}/{directory.name}/{name}", file) for name, file in programs.files.items())
         image = build_image(ImageRequest(directory, extra=extra), cache.cache_root() / "images", progress.note)
-        kept = work / "kselftest.cpio"
-        shutil.copy2(image.path, kept)
+        for old in work.glob("kselftest-*.cpio"):
+            old.unlink()
+        kept = Path(shutil.copy2(image.path, work / f"kselftest-{image.path.name}"))
         self._guest = replace(guest, image=kept)
-        self._arguments = ("-p", kselftest.__name__, f"--kselftest-of={programs.label}", directory.name)
+        self._arguments = ("-p", kselftest.__name__, f"--kselftest-of={programs.label}")
+        self._tests = [f"{NODE_PREFIX}{name}" for name in programs.files]
         self._base = base
         self._work = work
-        self._baseline = Baseline()
+        self._key = f"{key} {programs.label} {' '.join(programs.files)}"
+        self._baseline = load_baseline(self._baseline_path, self._key)
         self._lock = threading.Lock()
 
-    def __call__(self, kernel: Path, records: Path) -> str:
+    @property
+    def _baseline_path(self) -> Path:
+        return self._work / "kselftest.json"
+
+    def __call__(self, kernel: Kernel, records: Path) -> str:
         """Which program noticed the mutant in this kernel, and how; or that it survived."""
         with self._lock:
             if self._baseline.lacks([ALL]):
                 self._baseline.add([ALL], self._run(self._base, self._work / "kselftest.jsonl", stop=False))
+                save_baseline(self._baseline, self._baseline_path, self._key)
         try:
             notice = first_notice(self._run(kernel, records, stop=True), self._baseline, [ALL])
         except HarnessError as error:
             return f"error: {error.message}"
         return SURVIVED if notice is None else f"{notice.how.value} in {notice.test or 'none of them'}"
 
-    def _run(self, kernel: Path, records: Path, *, stop: bool) -> Trial:
-        return run_tests(self._guest, kernel, self._arguments, records, stop_at_failure=stop, test_seconds=PROGRAM_SECONDS)
+    def _run(self, kernel: Kernel, records: Path, *, stop: bool) -> Trial:
+        guest = self._guest if kernel.image == self._base.image else replace(self._guest, snapshots=None)
+        tests = (*self._arguments, *self._quick_ones_first())
+        return run_tests(guest, kernel, tests, records, stop_at_failure=stop, test_seconds=PROGRAM_SECONDS)
+
+    def _quick_ones_first(self) -> list[str]:
+        """The programs in the order that costs least where one of them fails."""
+        answers = self._baseline.answers
+        return sorted(self._tests, key=lambda test: answers[test].seconds if test in answers else 0.0)

@@ -4,18 +4,19 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import cache
 from kvmgmem.lab.initramfs import ImageRequest, build_image
-from kvmgmem.lab.kernel_source import tree_origin
+from kvmgmem.lab.kernel_source import Origin, source_tree
+from kvmgmem.lab.kselftest import find_source
 from kvmgmem.lab.machine import choose_accelerator, require_qemu
 from kvmgmem.lab.progress import Progress
 from kvmgmem.mutate import report
-from kvmgmem.mutate.apply import DoesNotApply, check, read_source
+from kvmgmem.mutate.apply import Applied, DoesNotApply, check, read_source
 from kvmgmem.mutate.campaign import Campaign, Plan
 from kvmgmem.mutate.catalogue import CATALOGUE_FILE, Mutant, choose, load_mutants, selftests_by_name
 from kvmgmem.mutate.guest import Guest
@@ -29,7 +30,7 @@ STATE = "mutants.jsonl"
 def add_mutate_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser("mutate", help="how many deliberate faults of a kernel the selftests notice")
-    parser.add_argument("--source", type=Path, metavar="DIR", help="the kernel tree; it is only read")
+    parser.add_argument("--source", metavar="DIR|RELEASE", help="the kernel tree, which is only read, or a release: 7.3")
     parser.add_argument("--objects", type=Path, metavar="DIR", help="a finished build of it (make O=DIR) to start from")
     parser.add_argument("--list", action="store_true", help="list the mutants, and with --source which of them apply")
     parser.add_argument("--only", action="append", default=[], metavar="IDS", help="these mutants, separated by commas")
@@ -54,7 +55,7 @@ def run_mutate(args: argparse.Namespace) -> int:
     """Try what has not been tried yet, and report; 0 if every mutant that counts was killed, else 1. Raises HarnessError."""
     mutants = choose(load_mutants(args.catalogue), _split(args.only), args.function)
     if args.list:
-        return _list(mutants, args.source)
+        return _list(args, mutants)
     state = State(args.out / STATE)
     if not args.report:
         _check_arguments(args)
@@ -71,7 +72,7 @@ def _split(words: Sequence[str]) -> list[str]:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.source is None:
-        raise HarnessError("no kernel tree is named", "give one: kvmgmem mutate --source DIR", ExitCode.USAGE)
+        raise HarnessError("no kernel tree is named", "give one: kvmgmem mutate --source DIR|RELEASE", ExitCode.USAGE)
     if args.jobs < 1:
         raise HarnessError(f"--jobs {args.jobs} is too small", "give at least 1", ExitCode.USAGE)
     if args.scheduler and args.with_kselftest:
@@ -81,57 +82,68 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise HarnessError(f"--again {unknown[0]}: no mutant has that fate", f"one of: {', '.join(fates)}", ExitCode.USAGE)
 
 
-def _list(mutants: Sequence[Mutant], source: Path | None) -> int:
-    applied = check(source, mutants) if source else {}
+def _list(args: argparse.Namespace, mutants: Sequence[Mutant]) -> int:
+    applied: Mapping[str, Applied | DoesNotApply] = {}
+    if args.source:
+        with Progress("kvmgmem: mutants") as progress, source_tree(find_source(args.source, progress), progress) as tree:
+            applied = check(tree, mutants)
     for mutant in mutants:
         note = "equivalent" if mutant.equivalent else ""
         if isinstance(found := applied.get(mutant.id), DoesNotApply):
             note = f"does not apply: {found.reason}"
         print(f"{mutant.id:45} {report.place(mutant):50} {mutant.operator:25} {' '.join(mutant.breaks)}  {note}".rstrip())
     count = sum(isinstance(found, DoesNotApply) for found in applied.values())
-    print(f"{len(mutants)} mutants" + (f", {count} of which do not apply to {source}" if source else ""))
+    print(f"{len(mutants)} mutants" + (f", {count} of which do not apply to {args.source}" if args.source else ""))
     return ExitCode.OK
 
 
 def _run(args: argparse.Namespace, mutants: Sequence[Mutant], state: State) -> None:
     with Progress("kvmgmem: mutants") as progress:
-        plan = _plan(args, progress)
-        digests = {mutant.id: mutant_digest(mutant, read_source(plan.source / mutant.file)) for mutant in mutants}
-        left = state.left(mutants, digests, args.depth, _split(args.again), args.with_kselftest)
-        if known := len(mutants) - len(left):
-            progress.note(f"{known} of {len(mutants)} mutants are known from earlier runs ({state.path})")
-        if not left:
+        origin = find_source(args.source, progress)
+        with source_tree(origin, progress) as tree:
+            _run_on(origin, tree, args, mutants, state, progress)
+
+
+def _run_on(
+    origin: Origin, tree: Path, args: argparse.Namespace, mutants: Sequence[Mutant], state: State, progress: Progress
+) -> None:
+    plan = _plan(origin, tree, args, progress)
+    digests = {mutant.id: mutant_digest(mutant, read_source(plan.source / mutant.file)) for mutant in mutants}
+    left = state.left(mutants, digests, args.depth, _split(args.again), args.with_kselftest)
+    if known := len(mutants) - len(left):
+        progress.note(f"{known} of {len(mutants)} mutants are known from earlier runs ({state.path})")
+    if not left:
+        return
+    with cache.locked(plan.work, progress.note):
+        if args.scheduler:
+            from kvmgmem.mutate.scheduler import run_spread
+
+            run_spread(args.scheduler, plan, left, state, progress)
             return
-        with cache.locked(plan.work, progress.note):
-            if args.scheduler:
-                from kvmgmem.mutate.scheduler import run_spread
+        campaign = Campaign(plan, state, progress)
+        campaign.prepare()
+        if args.with_kselftest:
+            from kvmgmem.mutate.kernel_tests import KernelTests
 
-                run_spread(args.scheduler, plan, left, state, progress)
-                return
-            campaign = Campaign(plan, state, progress)
-            campaign.prepare()
-            if args.with_kselftest:
-                from kvmgmem.mutate.kernel_tests import KernelTests
-
-                campaign.kernel_tests = KernelTests(plan.source, plan.work, plan.guest, campaign.base_image, progress)
-            campaign.run(left)
+            campaign.kernel_tests = KernelTests(origin, plan.work, plan.guest, campaign.base, campaign.kernel_key, progress)
+        campaign.run(left)
 
 
-def _plan(args: argparse.Namespace, progress: Progress) -> Plan:
-    source = args.source.resolve()
-    key = tree_origin(source).key
-    work = (args.work or cache.cache_root() / "mutants" / key).resolve()
+def _plan(origin: Origin, tree: Path, args: argparse.Namespace, progress: Progress) -> Plan:
+    work = (args.work or cache.cache_root() / "mutants" / origin.key).resolve()
     work.mkdir(parents=True, exist_ok=True)
     selftests = selftests_directory()
     accelerator = choose_accelerator(args.accel)
     image = build_image(ImageRequest(selftests), cache.cache_root() / "images", progress.note)
     # The cache forgets images that nobody asked for in an hour; a campaign may take longer.
-    kept = work / "initramfs.cpio"
-    shutil.copy2(image.path, kept)
+    for old in work.glob("initramfs*.cpio"):
+        old.unlink()
+    # Its name says what is in it, and kept guests are told apart by that.
+    kept = Path(shutil.copy2(image.path, work))
     return Plan(
-        source=source,
+        source=tree.resolve(),
         work=work,
-        guest=Guest(kept, accelerator.name, accelerator.time_scale, require_qemu()),
+        guest=Guest(kept, accelerator.name, accelerator.time_scale, require_qemu(), snapshots=work / "snapshots"),
         selftests=selftests,
         tests=selftests_by_name(selftests),
         tests_digest=folder_digest(selftests),

@@ -69,8 +69,10 @@ def summary(results: Sequence[Result], mutants: Mapping[str, Mutant]) -> list[st
     if any(result.kselftest is not None for result in results):
         lines.append(f"the kernel's own selftests: {kselftest_score(results)}; only ours: {len(only_ours(results))}")
     if times := sorted(result.seconds for result in results if result.seconds):
+        used = sum(result.cpu_seconds for result in results) / len(times)
         lines.append(
-            f"time: {duration_text(times[len(times) // 2])} for half of the mutants, {duration_text(times[-1])} at most"
+            f"time: {duration_text(times[len(times) // 2])} for half of the mutants, {duration_text(times[-1])} at most; "
+            f"{used:.0f} s of processor time on average"
         )
     for result in results:
         if result.fate in (Fate.SURVIVED, Fate.UNDECIDED, Fate.ERROR, Fate.DOES_NOT_BUILD, Fate.DOES_NOT_APPLY):
@@ -91,7 +93,7 @@ def markdown(results: Sequence[Result], mutants: Mapping[str, Mutant], circumsta
     """The whole report: score, operators, survivors, every mutant."""
     lines = _head(results, mutants, circumstances)
     lines += ["", *_operators(results, mutants), "", *_survivors(results, mutants)]
-    lines += ["", "### Every mutant", "", "| Mutant | Where | Operator | Breaks | Fate | Noticed by | Seconds |"]
+    lines += ["", "### Every mutant", "", "| Mutant | Where | Operator | Breaks | Fate | Noticed by | CPU seconds |"]
     if with_kselftest := any(result.kselftest is not None for result in results):
         lines[-1] += " The kernel's own selftests |"
     lines.append("|---|---|---|---|---|---|---|" + ("---|" if with_kselftest else ""))
@@ -99,7 +101,10 @@ def markdown(results: Sequence[Result], mutants: Mapping[str, Mutant], circumsta
         mutant = mutants[result.mutant]
         fate = f"{result.fate.value}: {result.how}" if result.how else result.fate.value
         cells = [mutant.id, f"`{place(mutant)}`", mutant.operator, " ".join(mutant.breaks), fate]
-        cells += [f"`{_cell(result.test)}`" if result.test else "", f"{result.seconds:.0f}" if result.seconds else ""]
+        cells += [
+            f"`{_cell(result.test)}`" if result.test else "",
+            f"{result.cpu_seconds:.0f}" if result.cpu_seconds else "",
+        ]
         cells += [_cell(result.kselftest or "")] if with_kselftest else []
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -109,9 +114,11 @@ def _head(results: Sequence[Result], mutants: Mapping[str, Mutant], circumstance
     fates = Counter(result.fate for result in results)
     lines = [
         "One small, deliberate fault of the kernel at a time (`kvmgmem mutate --list`), and whether the selftests notice.",
-        "Repeat with `kvmgmem mutate --source DIR` on a tree of that release (`--only ID` for one mutant); it goes on",
-        "where it was stopped. A mutant is killed when a test answers otherwise than on the unmutated kernel, is skipped,",
-        "or is gone.",
+        "A mutant is killed when a test answers otherwise than on the unmutated kernel, is skipped, or is gone. Repeat with",
+        "",
+        *_commands(results, circumstances),
+        "",
+        "The first goes on where it was stopped; `--only ID` tries one mutant, and `--source` takes a kernel tree as well.",
         "",
         f"Score: **{score(results)}**.",
     ]
@@ -130,19 +137,25 @@ def _head(results: Sequence[Result], mutants: Mapping[str, Mutant], circumstance
             + ", ".join(f"{fates[fate]} {fate.value}" for fate in Fate if fates[fate])
             + ".",
         ]
-    timed = sorted(result.seconds for result in results if result.seconds)
-    if timed:
-        building = sum(result.build_seconds for result in results) / len(timed)
-        average, half = sum(timed) / len(timed), timed[len(timed) // 2]
+    if timed := sorted(result.cpu_seconds for result in results if result.cpu_seconds):
+        waited = sorted(result.seconds for result in results if result.cpu_seconds)
+        average, half = sum(timed) / len(timed), len(timed) // 2
         lines += [
             "",
-            f"One mutant took {average:.0f} s on average, half of them at most {half:.0f} s; "
-            f"{building:.0f} s of that is the build.",
+            f"One mutant took {average:.0f} s of processor time on average, its build and its guests together; half of them",
+            f"at most {timed[half]:.0f} s, the longest {timed[-1]:.0f} s. By the clock, on a machine that had maybe other",
+            f"things to do, half took at most {waited[half]:.0f} s.",
         ]
     hows = Counter(result.how for result in results if result.fate is Fate.KILLED)
     if hows:
         lines += ["", "Noticed as: " + ", ".join(f"{name} {count}" for name, count in hows.most_common()) + "."]
     return lines
+
+
+def _commands(results: Sequence[Result], circumstances: Circumstances | None) -> list[str]:
+    release = ".".join(circumstances.release.split(".")[:2]) if circumstances else "DIR"
+    both = " --with-kselftest" if any(result.kselftest is not None for result in results) else ""
+    return [f"    kvmgmem mutate --source {release}{both}", "    kvmgmem mutate --report --evidence docs/evidence.md"]
 
 
 def _operators(results: Sequence[Result], mutants: Mapping[str, Mutant]) -> list[str]:

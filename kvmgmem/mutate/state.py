@@ -32,6 +32,8 @@ class Result:
     """first, file or rest: after how many rounds of tests it was decided."""
     build_seconds: float = 0.0
     guest_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """What make and QEMU used of the processors for this: independent of what else the machine did."""
     kselftest: str | None = None
     """What the kernel's own selftests made of it: "survived", or which of them noticed; None where they were not asked."""
     digest: str = ""

@@ -4,7 +4,8 @@ Whatever this package asks of the kernel on behalf of a test goes through here, 
 place can be watched. What is not watched pays nothing for it: a watcher stands in for the binding itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from kvmgmem._native import ffi, lib
@@ -13,6 +14,9 @@ from kvmgmem.errors import Answer, Errno
 
 class Watcher(Protocol):
     """What sees every entry into the kernel: it has the binding's functions by their own names, and is told the rest."""
+
+    def through(self, caller: Any, **facts: Any) -> None:
+        """From now on `caller`, which has the binding's functions, makes the calls; `facts` say what is special about it."""
 
     def opened(self, path: str, fd: int) -> None:
         """A device was opened."""
@@ -26,8 +30,11 @@ class Watcher(Protocol):
     def event(self, name: str, peer: int = 0, fds: Sequence[int] = ()) -> None:
         """Something between processes: `peer` is the other one's pid, `fds` the descriptors that pass."""
 
-    def expect(self, seen: object, wanted: object, *, shows: object = None, bug: str = "") -> None:
-        """A test compares what it saw with what it wants; `shows` is what a known bug makes of it."""
+    def expect(self, seen: object, wanted: object, *, shows: object = None, bug: str = "", peer: int = 0) -> None:
+        """A test compares what it saw with what it wants; `shows` is what a known bug makes of it.
+
+        `peer` is the pid of the process that the answer is of, if that is another one.
+        """
 
 
 native: Any = lib
@@ -40,6 +47,23 @@ def watch(new: Watcher | None) -> None:
     """Let a watcher stand between this process and the binding from now on; None takes it away."""
     global native, watcher
     native, watcher = (lib if new is None else new), new
+
+
+@contextmanager
+def through(caller: Any, **facts: Any) -> Iterator[None]:
+    """Have the calls within the block made by `caller` in place of the binding; a watcher still sees them, and `facts`."""
+    global native  # noqa: PLW0603 - one door is the point
+    usual = native
+    if watcher is None:
+        native = caller
+    else:
+        watcher.through(caller, **facts)
+    try:
+        yield
+    finally:
+        native = usual
+        if watcher is not None:
+            watcher.through(lib)
 
 
 def tell(event: str, peer: int = 0, fds: Sequence[int] = ()) -> None:

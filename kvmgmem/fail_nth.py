@@ -125,11 +125,8 @@ class MemoryShortage:
             for injector in INJECTORS:
                 (host.DEBUGFS / injector / "times").write_text(str(LASTING_FAILURES))
         once = _Once(self._raw)
-        usual, entry.native = entry.native, once
-        try:
+        with entry.through(once, **({"fail_nth": nth, "shortage": self.shortage.value} if nth else {})):
             answer = what()
-        finally:
-            entry.native = usual
         if self._raw.error:
             reason = Errno(self._raw.error).name
             raise HarnessError(
@@ -138,7 +135,7 @@ class MemoryShortage:
             )
         if once.entries != 1:
             raise ValueError(f"a call during which memory is short must enter the kernel once, not {once.entries} times")
-        return Outcome(nth, answer, nth > 0 and self._raw.left == 0, nth - self._raw.left)
+        return Outcome(nth, answer, once.injected, nth - self._raw.left)
 
 
 class _Once:
@@ -147,6 +144,11 @@ class _Once:
     def __init__(self, raw: Any) -> None:
         self._raw = raw
         self.entries = 0
+
+    @property
+    def injected(self) -> bool:
+        """Whether the call came to the allocation that was to fail."""
+        return bool(self._raw.nth > 0 and self._raw.left == 0)
 
     def _enter(self) -> None:
         self.entries += 1

@@ -70,7 +70,7 @@ def run_fuzz(args: argparse.Namespace) -> int:
     with Progress(f"kvmgmem: looking for {args.minutes:g} min, {_place(args)}") as progress:
         search = Search(args, state, progress)
         (search.on_host if args.host else search.in_guests)(time.monotonic() + 60 * args.minutes)
-    return _conclude(state, before)
+    return _conclude(args, state, before)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -91,7 +91,20 @@ def _place(args: argparse.Namespace) -> str:
     return " ".join(["guests,", *words, *([args.append] if args.append else [])])
 
 
-def _conclude(state: "State", before: set[str]) -> int:
+def again(args: argparse.Namespace, path: Path) -> tuple[str, str]:
+    """The commands that play a finding once more where it was found, and that make a C program of it."""
+    replay, repro = ["kvmgmem", "fuzz", "--replay", str(path)], ["kvmgmem", "repro", str(path), "-o", "bug.c"]
+    if args.host:
+        return shlex.join([*replay, "--host"]), shlex.join(repro)
+    from kvmgmem.lab.kernels import resolve
+
+    kernel = args.kernel or resolve(None).name
+    machine = ["--variant", args.variant] if args.variant != "plain" else []
+    machine += [f"--append={args.append}"] if args.append else []
+    return shlex.join([*replay, "--kernel", kernel, *machine]), shlex.join([*repro, "--record-on", kernel, *machine])
+
+
+def _conclude(args: argparse.Namespace, state: "State", before: set[str]) -> int:
     new = [name for name in state.found if name not in before]
     print(f"{state.sequences} sequences of {state.steps} steps played in all, {len(state.found)} findings, {len(new)} new")
     for name in new:
@@ -99,9 +112,9 @@ def _conclude(state: "State", before: set[str]) -> int:
         found = state.read(name)
         if found:
             print("\n".join(found.lines))
-            path = shlex.quote(str(state.directory / f"{name}.steps"))
-            print(f"  found after {found.seconds:g} s; play it again: kvmgmem fuzz --replay {path}")
-            print(f"  as a C program: kvmgmem repro {path} -o bug.c")
+            replay, repro = again(args, state.directory / f"{name}.steps")
+            print(f"  found after {found.seconds:g} s; play it again: {replay}")
+            print(f"  as a C program: {repro}")
     if any(name.startswith("kernel-") for name in new):
         return ExitCode.KERNEL
     return ExitCode.TEST_FAILED if new else ExitCode.OK
@@ -209,7 +222,9 @@ class Search:
         self._reached: dict[int, int] = {}
         """How far the ranges have come that are being played."""
         self._over = False
-        """Whether a finding has ended the search (--first)."""
+        """Whether the search is at its end before its time: a finding was enough (--first), or it was interrupted."""
+        self._under_way: dict[int, tuple[int, int]] = {}
+        """Sequences and steps of the guests that are still searching, by their first seeds."""
 
     def _found(self, found: "Found") -> None:
         with self._lock:
@@ -219,7 +234,9 @@ class Search:
                 self._over = self._over or (self._args.first and not found.bug)
 
     def _show(self) -> None:
-        self._progress.update(f"{self._state.sequences} sequences, {len(self._state.found)} findings")
+        with self._lock:
+            sequences = self._state.sequences + sum(played for played, _ in self._under_way.values())
+            self._progress.update(f"{sequences} sequences, {len(self._state.found)} findings")
 
     def _rounds(self, deadline: float, size: int, work: Callable[[int, int], int]) -> None:
         """Have `work(first seed, end)` done by as many threads as there are jobs until the time is over.
@@ -236,13 +253,17 @@ class Search:
 
         with ThreadPoolExecutor(jobs) as pool:
             running: set[Future[None]] = set()
-            while running or (time.monotonic() < deadline and not self._over):
-                while len(running) < jobs and time.monotonic() < deadline and not self._over:
-                    running.add(pool.submit(self._round, work, *self._state.take_block(size)))
-                done, running = wait(running, 0.5, FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                self._show()
+            try:
+                while running or (time.monotonic() < deadline and not self._over):
+                    while len(running) < jobs and time.monotonic() < deadline and not self._over:
+                        running.add(pool.submit(self._round, work, *self._state.take_block(size)))
+                    done, running = wait(running, 0.5, FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                    self._show()
+            except BaseException:
+                self._over = True  # the others end at their next word, and the pool waits for them
+                raise
 
     def _round(self, work: Callable[[int, int], int], first: int, end: int) -> None:
         self._reached[first] = first
@@ -286,7 +307,7 @@ class Search:
         self._rounds(deadline, SEEDS_A_ROUND, lambda first, _: self._guest_round(first, deadline))
 
     def _guest_round(self, first: int, deadline: float) -> int:
-        from kvmgmem.lab.fuzz_guest import Job, Round, dead_kernel, run_round
+        from kvmgmem.lab.fuzz_guest import Job, Round, RoundOverError, dead_kernel, run_round
 
         seconds = min(ROUND_SECONDS, deadline - time.monotonic())
         told = 0
@@ -297,12 +318,23 @@ class Search:
                 self._found(found)
             told = len(result.found)
             self._reached[first] = max(first, result.last_seed + 1)
+            self._under_way[first] = result.sequences, result.steps
+            self._show()
+            if self._over:
+                raise RoundOverError(result)
 
         job = Job(first, max(5.0, seconds), tuple(self._state.found), dict(self._state.sorts), first=self._args.first)
-        result = run_round(self._request(job.seconds), job, follow)
-        with self._lock:
-            self._state.sequences += result.sequences
-            self._state.steps += result.steps
+        try:
+            result = run_round(self._request(job.seconds), job, follow)
+        except RoundOverError as over:
+            result = over.round
+        finally:
+            with self._lock:
+                sequences, steps = self._under_way.pop(first, (0, 0))
+                self._state.sequences += sequences
+                self._state.steps += steps
+        if self._over and result.end is None:
+            return max(first, result.last_seed + 1)
         if result.failed:
             raise HarnessError(f"the search in the guest failed: {result.failed}", f"see {self._state.directory}")
         if result.died:
@@ -430,9 +462,9 @@ def _play_in_guest(args: argparse.Namespace, found: "Found") -> tuple[Sequence[s
 
     with tempfile.TemporaryDirectory(prefix="kvmgmem-replay-") as directory:
         args.out = Path(directory)
-        result = run_round(lambda tests: guest_request(args, tests, 60.0), Job(steps=found.steps), lambda _: None)
+        with Progress(f"kvmgmem: playing {args.replay}, {_place(args)}"):
+            result = run_round(lambda tests: guest_request(args, tests, 60.0), Job(steps=found.steps), lambda _: None)
     if result.played is not None:
-        findings = result.played["findings"]
-        return [*result.played["lines"], *(f"     {text}" for _, _, text in findings[:1])], findings, result.died
+        return result.played["lines"], result.played["findings"], result.died
     reason = result.end.reason if result.end else "the guest did not come to it"
     return [reason], [], result.died

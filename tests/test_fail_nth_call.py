@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from kvmgmem._native import ffi
 from kvmgmem.errors import Errno, HarnessError
 from kvmgmem.fail_nth import LASTING_FAILURES, MemoryShortage, Shortage
 from kvmgmem.memory import Fault, Mapping
+from kvmgmem.trace.recorder import recording
+from kvmgmem.trace.steps import build
 
 KNOBS = ("ignore-gfp-wait", "task-filter", "probability", "times", "interval", "space", "verbose")
 OF_PAGES = ("ignore-gfp-highmem", "min-order")
@@ -130,6 +133,35 @@ def test_a_call_enters_the_kernel_exactly_once(kernel: Path, entries: int) -> No
     with MemoryShortage() as memory, pytest.raises(ValueError, match="must enter the kernel once"):
         memory.call(1, lambda: [syscalls.munmap(1, 0) for _ in range(entries)])
     assert entry.native is usual
+
+
+@pytest.mark.parametrize("shortage", list(Shortage))
+def test_a_recording_sees_the_call(kernel: Path, shortage: Shortage) -> None:
+    """A trace has the call with the allocation that was to fail, and whether it came to that; calls around it are plain."""
+    lines: list[dict[str, Any]] = []
+    untouched, touched = Written(kernel / "fail-nth", "3\n"), Written(kernel / "fail-nth", "0\n")
+    with recording(lines.append, {}), MemoryShortage(shortage) as memory, Mapping.anonymous(4096) as mapping:
+        assert not memory.call(9, untouched).injected
+        outcome = memory.call(7, touched)
+        mapping.store(1)
+        memory.call(2, lambda: mapping.try_store(2))
+        memory.call(0, mapping.try_load)
+    untouched.close()
+    touched.close()
+    assert (outcome.answer, outcome.injected) == (2, True)
+    steps = build(lines).steps
+    told = [
+        (step.call, step.fail_nth, step.shortage, step.injected)
+        for step in steps
+        if step.call not in ("mmap", "munmap", "found")
+    ]
+    assert told == [
+        ("pwrite64", 9, shortage.value, False),
+        ("pwrite64", 7, shortage.value, True),
+        ("store", 0, "", False),
+        ("store", 2, shortage.value, False),
+        ("load", 0, "", False),
+    ]
 
 
 def test_answers_of_all_sorts_come_through(kernel: Path) -> None:

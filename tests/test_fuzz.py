@@ -3,13 +3,15 @@
 import argparse
 import json
 import os
+import shlex
 import signal
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pytest
 
@@ -23,10 +25,13 @@ from kvmgmem.lab import fuzz_guest
 from kvmgmem.lab.fuzz_guest import FOUND, PLAYED, SEED, TRAITS, Job, Round, dead_kernel
 from kvmgmem.lab.progress import Progress
 from kvmgmem.model import steps as do
+from kvmgmem.model.answers import Plain
 from kvmgmem.model.campaign import Found
 from kvmgmem.model.journal import FileJournal, LogJournal, NoteJournal
+from kvmgmem.model.play import Finding, Played
 from kvmgmem.model.traits import REFERENCE
 from kvmgmem.results.records import Note, Record, TestEnd, Verdict
+from kvmgmem.testing.plugin import SESSION
 
 STEPS = (do.CreateVm("v0"), do.CreateGmem("f0", "v0", 4096, 3), do.Close("f0"))
 FINDING = Found("abc", "Close: lifetime: 'gone'", "lifetime of v0: alive, wanted gone", STEPS, ("1. close",), seed=7)
@@ -135,6 +140,30 @@ def test_places_tell_machines_apart() -> None:
         for words in (("--host",), ("--kernel", "a"), ("--kernel", "b"), ("--variant", "npt0"), ("--append", "x=1"))
     }
     assert len(places) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "replay", "repro"),
+    [
+        (("--host",), " --host", ""),
+        (("--kernel", "a/bzImage"), " --kernel a/bzImage", " --record-on a/bzImage"),
+        (("--variant", "npt0"), " --kernel newest --variant npt0", " --record-on newest --variant npt0"),
+        (("--kernel", "a", "--append", "x=1 y"), " --kernel a '--append=x=1 y'", " --record-on a '--append=x=1 y'"),
+    ],
+)
+def test_a_finding_is_played_again_where_it_was_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: Any, replay: str, repro: str
+) -> None:
+    """What is said at the end can be typed as it stands: kernel, machine and parameters are in it."""
+    monkeypatch.setattr("kvmgmem.lab.kernels.resolve", lambda _: argparse.Namespace(name="newest"))
+    monkeypatch.setattr(fuzz.Search, "in_guests", lambda search, _: search._found(FINDING))
+    monkeypatch.setattr(fuzz.Search, "on_host", lambda search, _: search._found(FINDING))
+    assert main(["fuzz", "--out", str(tmp_path), *words]) == ExitCode.TEST_FAILED
+    said = capsys.readouterr().out
+    assert f"play it again: kvmgmem fuzz --replay {tmp_path}/abc.steps{replay}\n" in said
+    assert f"as a C program: kvmgmem repro {tmp_path}/abc.steps -o bug.c{repro}\n" in said
+    for line in (line.partition("kvmgmem ")[2] for line in said.splitlines() if ": kvmgmem " in line):
+        build_parser().parse_args(shlex.split(line))
 
 
 # --- on a host --------------------------------------------------------------------------------------------------------
@@ -317,6 +346,116 @@ def test_a_search_may_end_at_its_first_finding(
         fuzz.Search(arguments("--first", "--out", str(tmp_path)), state, progress).in_guests(time.monotonic() + 1000)
     assert min(len(jobs), 3) == rounds
     assert all(job.first for job in jobs)
+
+
+class Lines:
+    """A terminal that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def isatty(self) -> bool:
+        """It is one, so that every line of progress comes."""
+        return True
+
+    def write(self, text: str) -> None:
+        """Keep it."""
+        self.text += text
+
+    def flush(self) -> None:
+        """It is kept already."""
+
+
+def endless(follow: Any, first_seed: int, gave_up: list[int]) -> Round:
+    """A guest that searches until whoever follows it has enough; it gives up after 5 s."""
+    result, until = Round(), time.monotonic() + 5
+    while time.monotonic() < until:
+        result.last_seed, result.sequences = first_seed + result.sequences, result.sequences + 1
+        follow(result)
+        time.sleep(0.01)
+    gave_up.append(first_seed)
+    return result
+
+
+@pytest.mark.parametrize("how", ["finding", "error", "ctrl-c"])
+def test_the_end_of_a_search_ends_every_guest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> None:
+    """With several jobs a first finding, a guest that cannot go on, or Ctrl-C ends the others; their seeds are not lost."""
+    under_way, gave_up = threading.Event(), list[int]()
+
+    def round_(_: object, job: Job, follow: Any) -> Round:
+        if job.first_seed > 1:
+            under_way.set()
+            return endless(follow, job.first_seed, gave_up)
+        assert under_way.wait(10)
+        time.sleep(0.1)
+        if how == "finding":
+            follow(Round(found=[FINDING], last_seed=1, sequences=1))
+        if how == "error":
+            raise HarnessError("a guest failed")
+        return endless(follow, 1, gave_up)
+
+    def interrupted(*_: object) -> Any:
+        assert under_way.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fuzz_guest, "run_round", round_)
+    if how == "ctrl-c":
+        monkeypatch.setattr("concurrent.futures.wait", interrupted)
+    state = State.open(tmp_path, "guests", 1)
+    ends: dict[str, Any] = {"error": pytest.raises(HarnessError, match="a guest failed"), "finding": nullcontext()}
+    with Progress("test", cast(TextIO, Lines())) as progress, ends.get(how, pytest.raises(KeyboardInterrupt)):
+        words = ("--jobs", "2", "--first", "--out", str(tmp_path))
+        fuzz.Search(arguments(*words), state, progress).in_guests(time.monotonic() + 1000)
+    assert not gave_up
+    again = State.open(tmp_path, "guests", 1)
+    assert again.sequences > 0
+    assert sum(reached - (end - fuzz.SEEDS_A_ROUND) for reached, end in again.unfinished) == again.sequences
+
+
+def test_progress_counts_what_guests_are_playing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Sequences count when they are played, not when the guest that played them has ended, and then once."""
+
+    def round_(_: object, job: Job, follow: Any) -> Round:
+        result = Round(end=TestEnd("t", 0.0, Verdict.PASSED))
+        for played in (1, 2, 3):
+            result.last_seed, result.sequences, result.steps = played, played, 7 * played
+            time.sleep(0.11)  # a line of progress may come every 0.1 s
+            follow(result)
+        return result
+
+    monkeypatch.setattr(fuzz_guest, "run_round", round_)
+    state, lines = State.open(tmp_path, "guests", 1), Lines()
+    with Progress("test", cast(TextIO, lines)) as progress:
+        fuzz.Search(arguments("--out", str(tmp_path)), state, progress).in_guests(time.monotonic() + 0.2)
+    assert [number for number in (1, 2, 3, 4) if f" {number} sequences" in lines.text] == [1, 2, 3]
+    assert (state.sequences, state.steps) == (3, 21)
+
+
+@pytest.mark.parametrize("bug", ["", "B1"])
+def test_a_finding_played_in_a_guest_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], bug: str
+) -> None:
+    """The steps and below them what disagreed, once, also if it is a known bug, which ends no sequence."""
+    finding = Finding(1, STEPS[1], "answer", "EINVAL", "0", "SetRegion: answer", bug)
+    played = Played(STEPS, {0: Plain.NEW, 1: Plain.OK, 2: Plain.DONE}, [finding] if bug else [], None if bug else finding)
+    monkeypatch.setattr(fuzz_guest, "play", lambda *_: played)
+    monkeypatch.setattr(fuzz_guest, "probe", lambda: REFERENCE)
+
+    def round_(_: object, job: Job, __: object) -> Round:
+        result = Round(end=TestEnd("t", 0.0, Verdict.PASSED))
+        monkeypatch.setenv(fuzz_guest.JOB, json.dumps(job.to_json()))
+        session = argparse.Namespace(write=result.take)
+        fuzz_guest.in_guest(argparse.Namespace(stash={SESSION: session}))
+        return result
+
+    monkeypatch.setattr(fuzz_guest, "run_round", round_)
+    path = replace(FINDING, sort=finding.sort, bug=bug).write(tmp_path)
+    assert main(["fuzz", "--replay", str(path), "--kernel", "7.3"]) == ExitCode.TEST_FAILED
+    said = capsys.readouterr()
+    assert said.out.count("answer: 0, wanted EINVAL") == 1
+    assert "  2. f0 = v0.create gmem" in said.out
+    assert "it still shows" in said.out
+    assert f"playing {path}, guests, 7.3" in said.err
 
 
 def test_a_failed_search_is_no_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

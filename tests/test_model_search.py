@@ -24,7 +24,7 @@ from kvmgmem.model.play import Journal, Played, Player
 from kvmgmem.model.rules import Model, new_name
 from kvmgmem.model.shrink import Shrinker, renamed
 from kvmgmem.model.state import File
-from kvmgmem.model.steps import ARENA, MAIN, P, Step, from_json, number, to_json
+from kvmgmem.model.steps import ARENA, MAIN, WINDOW, P, Step, from_json, number, to_json
 from kvmgmem.model.traits import REFERENCE, KernelTraits
 from kvmgmem.model.world import is_open
 from kvmgmem.results.records import Note, Record
@@ -362,6 +362,10 @@ class Twin:
         """Not watched here."""
         return True
 
+    def pid_of(self, process: str) -> int:
+        """A child's pid."""
+        return 0 if process == MAIN else 4711
+
 
 Fault = Callable[[Model, Step], Answer | None]
 
@@ -458,6 +462,60 @@ def test_what_was_told_is_not_told_again(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not [event for event in campaign.run(seed, 30, float("inf")) if isinstance(event, Found)]
 
 
+class Told:
+    """A recording that keeps what a player says the kernel should have answered."""
+
+    def __init__(self) -> None:
+        self.expected: list[tuple[object, object, int]] = []
+
+    def expect(self, seen: object, wanted: object, *, shows: object = None, bug: str = "", peer: int = 0) -> None:
+        """Keep it."""
+        self.expected.append((seen, wanted, peer))
+
+
+def a_child_may_create(model: Model, step: Step) -> Answer | None:
+    """A kernel that lets another process create gmem for a VM."""
+    return model.perform(replace(step, by=MAIN)) if isinstance(step, do.CreateGmem) and step.by != MAIN else None
+
+
+def a_load_that_faults_reads_zero(model: Model, step: Step) -> Answer | None:
+    """A kernel that gives a guest a page where there is none."""
+    return Value(0) if isinstance(step, do.GuestLoad) and model.perform(step) is Plain.HVA_FAULT else None
+
+
+PUNCH = do.Fallocate("f", 3, 0, 2 * P)
+
+
+@pytest.mark.parametrize(
+    ("steps", "fault", "told"),
+    [
+        # The number of pages, not the list of them, is what a call answered.
+        ([*start(), do.Fallocate("f", 1, 0, 2 * P), PUNCH], punch_forgets_the_last_page, (1, 0, 0)),
+        ([*start(), do.Fork("p"), do.CreateGmem("g", "v", P, 0, "p")], a_child_may_create, (0, Errno.EIO, 4711)),
+        # What is seen after a child's step is the player's own again.
+        (
+            [*start(), do.Fallocate("f", 1, 0, 2 * P), do.Fork("p"), replace(PUNCH, by="p")],
+            punch_forgets_the_last_page,
+            (1, 0, 0),
+        ),
+        (
+            [*start(PROTECTED, 0), BIND, do.GuestLoad("c", GPA)],
+            a_load_that_faults_reads_zero,
+            (0, ["EFAULT", {"is": "OtherExit", "reason": "KVM_EXIT_UNKNOWN"}], 0),
+        ),
+    ],
+)
+def test_a_recording_learns_which_answer_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, steps: list[Step], fault: Fault, told: tuple[object, object, int]
+) -> None:
+    """Of a finding the trace says what a call told, what it should have, and which process it told it."""
+    recording = Told()
+    monkeypatch.setattr("kvmgmem.entry.watcher", recording)
+    played = a_player(fault)(steps, REFERENCE)
+    assert played.finding is not None
+    assert recording.expected == [told]
+
+
 def test_every_step_is_noted_before_it_is_made(tmp_path: Path) -> None:
     """The journal holds the whole sequence, and the step that is being made when the kernel dies."""
     steps = [*start(), BIND, do.GuestStore("c", GPA, 1)]
@@ -503,6 +561,34 @@ def test_shrinking_keeps_what_is_needed() -> None:
         do.CreateGmem("f0", "v0", P, 0),
         do.SetRegion("v0", 0, GPA, P, 0, 0, "f0", 2**63 - P),
     ]
+
+
+def test_shrinking_begins_with_what_the_last_step_is_about() -> None:
+    """A long sequence comes down to the objects of its last step at once, or to what was done with them."""
+    about_others = [
+        do.CreateVm("x"),
+        do.CreateGmem("y", "x", 8 * P, 3),
+        do.SetRegion("x", 1, GPA, P, G, 0, "y"),
+        do.Look(),
+    ] * 9
+    made = [do.CreateVm("v"), do.MapMemory(2, 1, 5), do.CreateGmem("f", "v", 8 * P, 3)]
+    used = [do.Fallocate("f", 0, 0, P), do.HostStore(2, 0, 7)]
+    last = do.SetRegion("v", 1, GPA, P, G, ARENA + 2 * WINDOW, "f")
+    a_guest = [do.CreateCpu("c", "v"), do.GuestLoad("c", GPA)]
+    steps = [*about_others, *made, *about_others, *used, *a_guest, do.CreateCpu("d", "x"), last]
+    for needed, plays in (([*made, last], 2), ([*made, *used, last], 3), ([*made, *used, *a_guest, last], 4)):
+        tried: list[Sequence[Step]] = []
+
+        def shows(candidate: Sequence[Step], needed: list[Step] = needed, tried: list[Sequence[Step]] = tried) -> bool:
+            tried.append(candidate)
+            return all(step in candidate for step in needed)
+
+        Shrinker(shows, plays).shrink(steps)
+        assert tried[-1] == needed
+    # Where the last step says nothing, what disagreed does.
+    tried = []
+    Shrinker(lambda candidate: not tried.append(candidate), 2, about="allocated pages of f").shrink([*steps, do.Look()])  # type: ignore[func-returns-value]
+    assert tried[-1] == [made[0], made[2], do.Look()]
 
 
 def test_shrinking_ends(monkeypatch: pytest.MonkeyPatch) -> None:

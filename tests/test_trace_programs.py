@@ -11,20 +11,27 @@ from typing import Any
 
 import pytest
 
-from kvmgmem import cli
+from kvmgmem import cli, entry
+from kvmgmem._native import lib
 from kvmgmem.abi import PAGE_SIZE, GiB, MiB
 from kvmgmem.errors import Errno
 from kvmgmem.exit_codes import ExitCode
+from kvmgmem.fail_nth import Shortage
 from kvmgmem.memory import Mapping, MemoryRegion
+from kvmgmem.model.answers import Left, Plain
 from kvmgmem.processes import ChildProcess
-from kvmgmem.trace import c_parts
-from kvmgmem.trace.expectation import find_check
+from kvmgmem.trace import c_parts, decode
+from kvmgmem.trace.c_program import c_program
+from kvmgmem.trace.expectation import ONE_OF, find_check
 from kvmgmem.trace.file import TraceFile
+from kvmgmem.trace.finding import told
 from kvmgmem.trace.prune import needed_steps
 from kvmgmem.trace.recorder import recording
 from kvmgmem.trace.repeat import repeat
 from kvmgmem.trace.repro import COMPILER
-from kvmgmem.trace.steps import Trace, load
+from kvmgmem.trace.repro import build as build_program
+from kvmgmem.trace.steps import Trace, build, load
+from kvmgmem.trace.text import describe
 
 needs_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm on this machine")
 needs_cc = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C compiler on this machine")
@@ -110,6 +117,135 @@ def test_a_signal_is_an_answer_in_c_too(record: Any) -> None:
     path = record(action)
     assert run_program(path).returncode == 1
     assert run_program(path, "--expect", "p0.2=SIGSEGV").returncode == 0
+
+
+@needs_cc
+@pytest.mark.parametrize(("right", "status"), [((0, Errno.EINVAL), 0), ((0, Errno.ENOMEM), 1)])
+def test_any_of_several_answers_may_be_right(record: Any, right: tuple[int, Errno], status: int) -> None:
+    """What a test looks for among several answers is wrong only if it is none of them."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.anonymous(PAGE_SIZE) as memory:
+            recorder.expect(memory.protect(mmap.PROT_READ, 1), {ONE_OF: list(right)})
+
+    path = record(action)
+    assert run_program(path).returncode == status
+    if status:
+        assert "EINVAL; 0 or ENOMEM is right." in path.with_name("bug.c").read_text()
+
+
+def test_answers_that_are_no_numbers_cannot_be_chosen_from(record: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A choice with a signal in it is more than a line of C: exit code 6, and no broken program."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.anonymous(PAGE_SIZE) as memory:
+            recorder.expect(memory.load(), {ONE_OF: [1, "SIGBUS"]})
+
+    assert cli.main(["repro", str(record(action))]) == ExitCode.CANNOT_EXPRESS
+    assert "that any of 1 or SIGBUS is right (p0.2)" in capsys.readouterr().err
+
+
+def a_child_protects(recorder: Any) -> None:
+    """A child makes the call; its parent says what should have come of it, after calls of its own."""
+    with Mapping.anonymous(PAGE_SIZE) as memory:
+
+        def child(channel: Any) -> None:
+            channel.send(int(memory.protect(mmap.PROT_READ, 1)))
+            channel.receive()
+
+        with ChildProcess(child) as process:
+            answer = process.receive()
+            memory.protect(mmap.PROT_READ, 1)
+            recorder.expect(Errno(answer), Errno.EINVAL, peer=process.pid)
+
+
+@needs_cc
+def test_a_comparison_may_be_about_a_child_s_call(record: Any) -> None:
+    """The check is the call of the process that was answered, and its verdict becomes the program's."""
+    path = record(a_child_protects)
+    check = find_check(load(path))
+    assert (check.step.process, check.step.call) == ("p1", "mprotect")
+    done = run_program(path)
+    assert (done.returncode, done.stdout) == (0, "OK: mprotect: got Invalid argument, wanted Invalid argument\n")
+    assert run_program(path, "--expect", f"{check.step.id}=ENOMEM").returncode == 1
+
+
+class Short:
+    """What makes calls while memory is short: the binding, and an allocation of each call fails."""
+
+    injected = True
+
+    def __init__(self, answer: Errno | None = None) -> None:
+        self._answer = answer
+
+    def kvmgmem_syscall(self, number: int, *arguments: int) -> int:
+        """A call that is made, or that fails for want of memory."""
+        return int(lib.kvmgmem_syscall(number, *arguments)) if self._answer is None else int(self._answer)
+
+
+def short_of_memory(shortage: str) -> Callable[[Any], None]:
+    """Calls during which allocations fail, the first of them after one that went well."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.anonymous(2 * PAGE_SIZE) as memory:
+            for answer in (None, Errno.ENOMEM, Errno.ENOMEM):
+                with entry.through(Short(answer), fail_nth=3, shortage=shortage):
+                    memory.protect(mmap.PROT_READ)
+            recorder.expect(memory.load(), 1)
+
+    return action
+
+
+@needs_cc
+@pytest.mark.skipif(Path("/proc/self/fail-nth").exists(), reason="this kernel can have allocations fail")
+@pytest.mark.parametrize("shortage", list(Shortage))
+def test_memory_runs_short_in_c_too(record: Any, shortage: Shortage) -> None:
+    """The last call that failed for want of memory fails again, at each of its allocations; without them: a skip."""
+    path = record(short_of_memory(shortage.value))
+    trace = load(path)
+    assert [step.id for step in trace.steps if step.injected] == ["p0.2", "p0.3", "p0.4"]
+    assert [step.id for step in needed_steps(trace, find_check(trace))] == ["p0.1", "p0.2", "p0.4", "p0.5"]
+    done = run_program(path)
+    assert done.returncode == 4
+    assert done.stdout.startswith("SKIP: /sys/kernel/debug/fail")
+    text = path.with_name("bug.c").read_text()
+    assert run_program(path, "--all").returncode == 4
+    assert path.with_name("bug.c").read_text().count("mprotect(") == text.count("mprotect(") == 2
+    assert text.count("arm(nth);") == 1
+    assert text.index("arm(nth);") < text.index("mprotect(mem0, 0x2000, PROT_READ)", text.index("must(mprotect") + 20)
+    assert "if (answer != -ENOMEM)\n\t\treturn ANOTHER_WAY;" in text
+    assert ("make_it_fail" in text) is (shortage is Shortage.LASTING)
+    lines = list(describe(trace))
+    after = " and those after it" if shortage is Shortage.LASTING else ""
+    assert [line.endswith(f"= ENOMEM  (allocation 3{after} failed)") for line in lines].count(True) == 2
+
+
+@pytest.mark.skipif(Path("/proc/self/fail-nth").exists(), reason="this kernel can have allocations fail")
+def test_what_failed_for_want_of_memory_is_not_repeated_without(record: Any) -> None:
+    """A replay on a kernel that cannot have allocations fail leaves the call out and says so: it would succeed."""
+    outcome = repeat(load(record(short_of_memory("lasting"))))
+    assert (outcome.first, outcome.differing) == (None, 0)
+    assert len(outcome.notes) == 3
+    assert outcome.notes[0].startswith("p0.2 mprotect was left out: allocations cannot be made to fail")
+
+
+@needs_cc
+@pytest.mark.skipif(Path("/proc/self/fail-nth").exists(), reason="this kernel can have allocations fail")
+def test_an_answer_for_want_of_memory_may_be_the_question(record: Any) -> None:
+    """Which allocation leads to which answer may change: only the answer that nobody should get is wrong."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.anonymous(PAGE_SIZE) as memory:
+            for _ in range(2):
+                with entry.through(Short(Errno.EFAULT), fail_nth=1, shortage="momentary"):
+                    answer = memory.protect(mmap.PROT_READ)
+            recorder.expect(answer, Errno.ENOMEM)
+
+    path = record(action)
+    assert run_program(path).returncode == 4
+    text = path.with_name("bug.c").read_text()
+    assert 'return race_verdict("mprotect", answer, -EFAULT);' in text
+    assert text.count("mprotect(") == 1
 
 
 @needs_cc
@@ -293,6 +429,75 @@ def test_a_guest_comes_along(record: Any) -> None:
 
 
 @needs_kvm
+@needs_cc
+def test_a_guest_that_goes_through_pages_does_so_in_a_loop(record: Any) -> None:
+    """Runs that differ by a step in one register are one loop; what should have ended otherwise is checked by itself."""
+    pytest.importorskip("kvmgmem.arch.x86_64")
+    from kvmgmem.arch.x86_64 import GuestMachine
+    from kvmgmem.kvm import Kvm
+
+    def action(recorder: Any) -> None:
+        with Kvm.open() as kvm, kvm.create_vm() as vm, Mapping.anonymous(MiB) as memory:
+            for page in range(5):
+                memory.store(page, page * PAGE_SIZE)
+            vm.set_region(MemoryRegion(slot=1, gpa=GiB, size=MiB, hva=memory.address))
+            machine = GuestMachine(vm)
+            cpu = machine.cpu()
+            for page in range(5):
+                assert cpu.load(GiB + page * PAGE_SIZE) == page
+            recorder.expect(4, told(Plain.HVA_FAULT))
+            recorder.expect(4, 4)
+            cpu.close()
+            machine.close()
+
+    path = record(action)
+    done = run_program(path)
+    assert done.returncode == 1
+    assert "BUG: the answer of KVM_RUN: got 0, wanted Bad address" in done.stdout
+    text = path.with_name("bug.c").read_text()
+    assert "for (uint64_t rdi = 0x40000000; rdi < 0x40004000; rdi += 0x1000) {" in text
+    assert ".rdi = rdi," in text
+    assert "KVM_EXIT_IO (port 0x10" in text
+    assert text.count('"KVM_SET_REGS")') == 2
+    last = [step.id for step in load(path).steps if step.call == "KVM_GET_REGS"][-1]
+    done = run_program(path, "--expect", f"{last}=4")
+    assert (done.returncode, done.stdout) == (0, "OK: rax of the guest: got 0x4, wanted 0x4\n")
+    assert "rdi < 0x40005000;" in path.with_name("bug.c").read_text()
+
+
+def test_where_a_prefault_stopped_is_part_of_the_check(tmp_path: Path) -> None:
+    """A prefault may answer what it should and stop elsewhere: the program looks at what the kernel wrote back, too."""
+    asked = {"structure": "kvm_pre_fault_memory", "gpa": GiB, "size": 2 * PAGE_SIZE}
+    left = {"structure": "kvm_pre_fault_memory", "gpa": GiB + 2 * PAGE_SIZE}
+    common = {"at": 1, "pid": 1, "tid": 1, "process": "p0", "thread": "t0"}
+    lines: list[dict[str, Any]] = [{"trace": "begin", "schema": 1}]
+    for number, (call, on, arguments, answer) in enumerate(
+        [
+            ("open", "", {"path": "/dev/kvm"}, "kvm0"),
+            ("KVM_CREATE_VM", "kvm0", {}, "vm0"),
+            ("KVM_CREATE_VCPU", "vm0", {}, "vcpu0"),
+            ("KVM_PRE_FAULT_MEMORY", "vcpu0", asked, 0),
+        ]
+    ):
+        lines.append({"trace": "call", "id": f"p0.{number}", "call": call, "on": on, "arguments": arguments, **common})
+        out = {"out": left} if call == "KVM_PRE_FAULT_MEMORY" else {}
+        lines.append({"trace": "answer", "id": f"p0.{number}", "answer": answer, **out})
+    seen, wanted = (decode.plain(told(Left(0, GiB + pages * PAGE_SIZE, (2 - pages) * PAGE_SIZE))) for pages in (2, 1))
+    lines.append({"trace": "expected", "process": "p0", "seen": seen, "wanted": wanted})
+    trace = build(lines)
+    check = find_check(trace)
+    assert (check.step.call, check.aspect) == ("KVM_PRE_FAULT_MEMORY", "left")
+    text = c_program(trace, check, needed_steps(trace, check))
+    told_as = text.replace("\n *", "")
+    assert "gives 0 with gpa 0x40002000, size 0x0 left; 0 with gpa 0x40001000, size 0x1000 left is right." in told_as
+    assert 'verdict("gpa left", range.gpa, 0x40001000)' in text
+    source = tmp_path / "bug.c"
+    source.write_text(text)
+    if shutil.which(COMPILER[0]):
+        build_program(source)
+
+
+@needs_kvm
 def test_a_trace_of_kvm_is_repeated(record: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """The same kernel gives the same answers; a recording that says otherwise is found out where it does."""
     path = record(bound_twice)
@@ -373,13 +578,19 @@ def test_failing_tests_offer_their_program(pytester: pytest.Pytester) -> None:
         def test_raises(vm):
             '''A rule.'''
             vm.delete_region(6)
+
+        @contract("GM-CRE-001")
+        @vm_types("default")
+        def test_chooses(vm):
+            '''A rule.'''
+            assert vm.raw.delete_region(7) in (0, Errno.EPERM)
         """
     )
     results, traces = pytester.path / "results.jsonl", pytester.path / "traces"
     done = pytester.runpytest_subprocess(f"--results={results}", f"--trace-to={traces}", timeout=90)
     assert done.ret == ExitCode.TEST_FAILED
     ends = [json.loads(line) for line in results.read_text().splitlines() if '"verdict":"failed"' in line]
-    wanted = {"fails": (5, "EPERM"), "raises": (6, 0)}
+    wanted = {"fails": (5, "EPERM"), "raises": (6, 0), "chooses": (7, {ONE_OF: [0, "EPERM"]})}
     for end in ends:
         command = end["detail"].splitlines()[-1]
         name = end["test"].partition("::test_")[2].partition("[")[0]

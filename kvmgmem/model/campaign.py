@@ -13,10 +13,15 @@ from kvmgmem.model.play import Finding, Journal, Played, play
 from kvmgmem.model.search import same, sequences, shrink
 from kvmgmem.model.steps import Step, from_json, to_json
 from kvmgmem.model.traits import KernelTraits
+from kvmgmem.testing.waiting import TIME_SCALE
 
 SHAPES = 3
 """How many shapes of one sort of finding are shrunk and told; what comes after them is taken for the same."""
-SHRINK_SECONDS = 30.0
+SHRINK_SECONDS = 60.0 * TIME_SCALE
+AGAIN_SECONDS = 15.0 * TIME_SCALE
+"""What shrinking a finding may take: the first of its sort, and one more of it, or a known bug, whose name says it all."""
+LAST_SECONDS = 30.0 * TIME_SCALE
+"""What it may take even if the search's time is over."""
 PROGRESS_EVERY = 10
 
 Begin = Callable[[Sequence[Step]], Journal | None]
@@ -130,7 +135,8 @@ class Campaign:
         if finding.bug in self.told or self.sorts.get(key, 0) >= SHAPES:
             return None
         self.sorts[key] = self.sorts.get(key, 0) + 1
-        seconds = max(5.0, min(SHRINK_SECONDS, deadline - time.monotonic()))
+        most = AGAIN_SECONDS if finding.bug or self.sorts[key] > 1 else SHRINK_SECONDS
+        seconds = max(LAST_SECONDS, min(most, deadline - time.monotonic()))
         found = self.found(shrink(played, finding, self.traits, seconds=seconds), finding, seed)
         if found.fingerprint in self.told:
             return None

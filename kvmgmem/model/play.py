@@ -174,8 +174,9 @@ class Player:
 
     def _disagree(self, what: str, expected: object, got: object, known: Known | None) -> None:
         """Note a deviation that is known, and put the model right; raises `DisagreementError` if not, or if it ends it."""
-        if entry.watcher is not None:
-            entry.watcher.expect(told(got), told(expected), bug=known.bug if known else "")
+        if not isinstance(expected, str):  # words stand for what other calls than the step's own have told
+            by = getattr(self._step, "by", MAIN) if what == "answer" else MAIN
+            self._tell(got, expected, known.bug if known else "", by)
         sort = f"{type(self._step).__name__}: {_plain(what)}"
         if not isinstance(expected, str):
             sort += f": {sort_of(expected)}, not {sort_of(got)}"
@@ -186,6 +187,11 @@ class Player:
         if known.end:
             raise DisagreementError(finding)
         self._repair(known)
+
+    def _tell(self, got: object, expected: object, bug: str = "", by: str = MAIN) -> None:
+        """Have a recording say what was wanted of the kernel where it answered `got`, to a process of the sequence."""
+        if entry.watcher is not None:
+            entry.watcher.expect(told(got), told(expected), bug=bug, peer=self.world.pid_of(by))
 
     def _repair(self, known: Known) -> None:
         step = self._step
@@ -238,6 +244,7 @@ class Player:
             seen.add(held)
             found = self.world.allocated(name)
             if found not in (len(held.pages), -1):
+                self._tell(found, len(held.pages))
                 self._disagree(f"allocated pages of {name}", *self._which_pages(name, held, found), None)
 
     def _which_pages(self, name: str, file: File, found: int) -> tuple[str, str]:

@@ -53,7 +53,7 @@ def shrink(played: Played, wanted: Finding, traits: KernelTraits, *, plays: int 
     def shows(steps: Sequence[Step]) -> bool:
         return same(play(steps, traits), wanted) is not None
 
-    steps = Shrinker(shows, plays, seconds).shrink(played.steps[: wanted.at + 1])
+    steps = Shrinker(shows, plays, seconds, wanted.what).shrink(played.steps[: wanted.at + 1])
     again = play(steps, traits)
     found = same(again, wanted)
     if found is None:

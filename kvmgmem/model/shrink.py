@@ -1,11 +1,14 @@
 """The shortest sequence that still shows a finding: steps are left out, then what is left is made plainer."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
+from kvmgmem.model import steps as do
 from kvmgmem.model.generate import GPA
-from kvmgmem.model.steps import MAIN, P, Step, changed
+from kvmgmem.model.steps import ARENA, ARENA_END, MAIN, WINDOW, P, Step, changed
 
 Shows = Callable[[Sequence[Step]], bool]
 """Plays a sequence and says whether the finding is still there."""
@@ -28,10 +31,11 @@ PLAINER: dict[str, tuple[int, ...]] = {
 
 
 class Shrinker:
-    """Shrinks one sequence, within a number of plays and a time."""
+    """Shrinks one sequence, within a number of plays and a time; `about` names objects that the finding is about."""
 
-    def __init__(self, shows: Shows, plays: int = 400, seconds: float = 60.0) -> None:
+    def __init__(self, shows: Shows, plays: int = 400, seconds: float = 60.0, about: str = "") -> None:
         self._shows = shows
+        self._about = set(re.findall(r"\w+", about))
         self._plays = plays
         self._deadline = time.monotonic() + seconds
         self.played = 0
@@ -41,6 +45,7 @@ class Shrinker:
         best = list(steps)
         if not self._still(best):
             return best
+        best = next((fewer for fewer in related(best, self._about) if len(fewer) < len(best) and self._still(fewer)), best)
         while True:
             shorter = self._plainer(self._moved(self._shorter(best)))
             if shorter == best or self._spent:
@@ -87,6 +92,42 @@ class Shrinker:
                 if self._still(candidate):
                     steps = candidate
         return steps
+
+
+def related(steps: Sequence[Step], about: AbstractSet[str] = frozenset()) -> Iterator[list[Step]]:
+    """Short cuts: what makes the objects of the last step, and those it is `about`, then what is done with them, too.
+
+    And last, what is done with them by all vCPUs of the VMs among them.
+    """
+    needed = _objects(steps[-1]) | {name for step in steps for name in _made(step) & about}
+    made = [steps[-1]]
+    for step in reversed(steps[:-1]):
+        if _made(step) & needed:
+            needed |= _objects(step)
+            made.append(step)
+    yield made[::-1]
+    yield [step for step in steps if _objects(step) and _objects(step) <= needed]
+    needed |= {step.name for step in steps if isinstance(step, do.CreateCpu) and step.vm in needed}
+    yield [step for step in steps if _objects(step) and _objects(step) <= needed]
+
+
+def _made(step: Step) -> set[str]:
+    if isinstance(step, do.MapFile | do.MapMemory):
+        return {f"window {step.window}"}
+    return (
+        {step.name} if isinstance(step, do.CreateVm | do.CreateGmem | do.CreateCpu | do.Dup | do.Send | do.Fork) else set()
+    )
+
+
+def _objects(step: Step) -> set[str]:
+    """The names in a step, windows of memory among them."""
+    values = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    found = {value for value in values.values() if isinstance(value, str) and value != MAIN}
+    if "window" in values:
+        found.add(f"window {values['window']}")
+    if ARENA <= values.get("hva", 0) < ARENA_END:
+        found.add(f"window {(values['hva'] - ARENA) // WINDOW}")
+    return found
 
 
 def renamed(steps: Sequence[Step]) -> list[Step]:

@@ -111,6 +111,11 @@ class World:
         """The number behind a descriptor's name."""
         return self._cpus[name].vcpu.fileno() if name in self._cpus else self.fds[name].fileno()
 
+    def pid_of(self, process: str) -> int:
+        """The pid of a child; 0 for the process that plays."""
+        child = self._children.get(process)
+        return child.pid if child else 0
+
     def _in_child(self, name: str, step: Step, number: int) -> Answer:
         child = self._children[name]
         child.send((step, number))

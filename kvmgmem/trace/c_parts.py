@@ -249,6 +249,91 @@ static int verdict(const char *what, long long got, long long wanted)
 	return got != wanted;
 }""",
     ),
+    "verdict_of_round": (
+        (),
+        """static const char *text(long long value, char *room)
+{
+	if (value < 0 && value > -4096)
+		return strerror(-value);
+	sprintf(room, "%#llx", value);
+	return room;
+}
+
+/* Rounds that go well say nothing. */
+static int verdict(const char *what, long long got, long long wanted)
+{
+	char ours[24], theirs[24];
+
+	if (got != wanted)
+		printf("BUG: %s: got %s, wanted %s\\n", what, text(got, ours), text(wanted, theirs));
+	return got != wanted;
+}""",
+    ),
+    "shortage": (
+        ("cannot_tell",),
+        """/* What a round may come to, beside 0, 1 and 4: the call needs fewer allocations, or answered something else. */
+enum { UNTOUCHED = 5, ANOTHER_WAY };
+
+static int fail_nth;
+
+static void set_knob(const char *name, const char *value)
+{
+	static const char *const injectors[] = { "failslab", "fail_page_alloc" };
+	char path[100];
+	int known = 0;
+
+	for (int i = 0; i < 2; i++) {
+		int fd, length = strlen(value);
+
+		sprintf(path, "/sys/kernel/debug/%s/%s", injectors[i], name);
+		fd = open(path, O_WRONLY);
+		if (fd < 0)
+			continue; /* some are of slabs alone, some of pages */
+		known += write(fd, value, length) == length;
+		close(fd);
+	}
+	if (!known)
+		cannot_tell(path);
+}
+
+/* Allocations that may sleep take part, too. Threads that do not ask for it are not concerned by any of this. */
+static void prepare_shortage(void)
+{
+	set_knob("probability", "0");
+	set_knob("ignore-gfp-wait", "N");
+	set_knob("ignore-gfp-highmem", "N");
+	set_knob("cache-filter", "N");
+	set_knob("min-order", "0");
+	set_knob("verbose", "0");
+	set_knob("interval", "1");
+	set_knob("space", "0");
+	set_knob("task-filter", "%TASK_FILTER%");
+	set_knob("times", "64");%PROBABILITY%
+	fail_nth = open("/proc/thread-self/fail-nth", O_RDWR);
+	if (fail_nth < 0)
+		cannot_tell("/proc/thread-self/fail-nth, which takes CONFIG_FAULT_INJECTION");%OPEN%
+}
+
+/* From here on the thread's nth allocation fails%LASTS%. */
+static void arm(int nth)
+{
+	char text[16];
+	int length = sprintf(text, "%d", nth);
+
+	if (pwrite(fail_nth, text, length, 0) != length)
+		cannot_tell("fail-nth");%ARM%
+}
+
+/* Whether it came to that allocation. */
+static int disarm(void)
+{
+	char text[16] = "";
+
+%DISARM%	if (pread(fail_nth, text, sizeof(text) - 1, 0) < 1 || pwrite(fail_nth, "0", 1, 0) != 1)
+		cannot_tell("fail-nth");
+	return atoi(text) == 0;
+}""",
+    ),
     "race_verdict": (
         (),
         """/* Who wins is luck; only the answer that nobody should get says something. */
@@ -328,6 +413,51 @@ ROUNDS: Final = """int main(void)
 	if (!status)
 		printf("OK: never seen in 20 s\\n");
 	return status;
+}"""
+
+MOMENTARY: Final = {"TASK_FILTER": "N", "PROBABILITY": "", "OPEN": "", "LASTS": "", "ARM": "", "DISARM": ""}
+LASTING: Final = {
+    "TASK_FILTER": "Y",
+    "PROBABILITY": """
+	set_knob("probability", "100"); /* of marked threads */""",
+    "OPEN": """
+	make_it_fail = open("/proc/thread-self/make-it-fail", O_RDWR);
+	if (make_it_fail < 0)
+		cannot_tell("/proc/thread-self/make-it-fail");""",
+    "LASTS": ", and 64 of each sort after it",
+    "ARM": """
+	if (pwrite(make_it_fail, "1", 1, 0) != 1)
+		cannot_tell("make-it-fail");""",
+    "DISARM": """	if (pwrite(make_it_fail, "0", 1, 0) != 1)
+		cannot_tell("make-it-fail");
+""",
+}
+"""What makes the one sort of shortage or the other of the helper."""
+
+SHORT_ROUNDS: Final = """/* Each time another allocation of the one call fails, until it needs no more. */
+int main(void)
+{
+	int told = 0, status = 0;
+
+	for (int nth = 1; nth < 10000; nth++) {
+		pid_t child = must(fork(), "fork");
+
+		if (!child)
+			exit(one_round(nth));
+		status = end_of(child);
+		set_knob("probability", "0");
+		if (status == UNTOUCHED)
+			break;
+		if (status == 1)
+			printf("so it is when allocation %d of the call fails\\n", nth);
+		if (status == 1 || status == 4)
+			return status;
+		told += status == 0;
+	}
+	if (!told)
+		cannot_tell("no failing allocation leads to the question");
+	printf("OK: %d allocations failed, and all was well\\n", told);
+	return 0;
 }"""
 
 KVM_RUN_PAGE: Final = """/* The page shared with a vCPU, as far as it is read here. */

@@ -15,8 +15,10 @@ from kvmgmem.trace.c_text import (
     WIDTH,
     c_answer,
     c_array,
+    c_comment,
     c_flags,
     c_number,
+    c_wanted,
     constant,
     constant_order,
     exit_reason,
@@ -30,11 +32,12 @@ from kvmgmem.trace.c_text import (
     signal_number,
     wrapped,
 )
-from kvmgmem.trace.expectation import Check, made
+from kvmgmem.trace.expectation import ONE_OF, Check, made
+from kvmgmem.trace.loops import stepped, with_loops
 from kvmgmem.trace.messages import channels, parent_of
 from kvmgmem.trace.prune import guest_addresses
 from kvmgmem.trace.races import happens_in, race_of
-from kvmgmem.trace.steps import Step, Trace
+from kvmgmem.trace.steps import Step, Trace, is_errno
 
 MOST = 250
 """So many calls a reader may be shown."""
@@ -91,6 +94,8 @@ class _Program:
         """Processes that end by themselves before the check."""
         self.entries: dict[str, int] = {}
         """Guest addresses of the programs that have been put into guest memory."""
+        self.short = _short_call(steps, check.step)
+        """The call during which memory is short."""
         self.kvm = next((str(step.answer) for step in steps if step.call == "open" and step.on == ""), "kvm0")
         self.channels = {step: f"channel_{_c_name(child)}" for step, child in channels(steps).items()}
 
@@ -99,6 +104,8 @@ class _Program:
     def text(self) -> str:
         busy = {step.process for step in self.steps}
         self.several = len(busy) > 1
+        if self.several and self.short:
+            raise CannotExpressError(f"memory that is short ({self.short.id}) among several processes")
         if self.several:
             self.helpers |= {"turn", "await_turn", "must_map", "must"}
         for step in self.trace.steps:
@@ -129,6 +136,8 @@ class _Program:
                 notes += [f"{self._what()}: {here} gives {shown(self.check.seen)}; {wanted} is right.", ""]
         if bug:
             notes += [f"{bug.fix[:1].upper()}{bug.fix[1:]}.", ""]
+        if self.short:
+            notes += ["It takes root, debugfs, and a kernel with CONFIG_FAULT_INJECTION_DEBUG_FS.", ""]
         notes += [
             "Exit status: 0 the kernel behaves, 1 it shows the bug, 4 it cannot tell (skip).",
             "Build: cc -Wall -Wextra -Werror -static -o bug bug.c",
@@ -171,11 +180,23 @@ class _Program:
         needed: set[str] = set()
         for name in self.helpers:
             self._need(name, needed)
-        return [text for name, (_, text) in c_parts.HELPERS.items() if name in needed]
+        return [self._shortage(text) for name, (_, text) in c_parts.HELPERS.items() if name in needed]
+
+    def _shortage(self, text: str) -> str:
+        """A helper's text for the sort of shortage that there is."""
+        if self.short is None:
+            return text
+        lasting = self.short.shortage == "lasting"
+        for name, part in (c_parts.LASTING if lasting else c_parts.MOMENTARY).items():
+            text = text.replace(f"%{name}%", part)
+        text = text.replace("Who wins is luck;", "What follows from which allocation is the kernel's affair;")
+        return text.replace("static int fail_nth;", "static int fail_nth, make_it_fail;") if lasting else text
 
     def _need(self, name: str, into: set[str]) -> None:
         if name == "cannot_tell" and getattr(self, "several", False):
             name = "cannot_tell_turn"
+        if name == "verdict" and self.short:
+            name = "verdict_of_round"
         if name not in into:
             into.add(name)
             for other in c_parts.HELPERS[name][0]:
@@ -217,12 +238,18 @@ class _Program:
             once = ["static int one_round(void)", "{", *declared, *body.lines, "}"]
             return "\n".join(once) + "\n\n" + c_parts.ROUNDS
         start = [f"\tsignal(SIGALRM, {'stuck' if 'stuck' in self.helpers else 'too_long'});", "\talarm(60);"]
+        if self.short:
+            self.helpers |= {"shortage", "end_of", "must"}
+            start.append("\tprepare_shortage();")
         if self.several:
             start.append(
                 "\tturn = must_map(NULL, sizeof(*turn), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);"
             )
         for name in dict.fromkeys(self.channels.values()):
             start.append(f'\tmust(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, {name}), "socketpair");')
+        if self.short:
+            once = ["static int one_round(int nth)", "{", *declared, *start, "", *body.lines, "}"]
+            return "\n".join(once) + "\n\n" + c_parts.SHORT_ROUNDS
         return "\n".join(["int main(void)", "{", *declared, *start, "", *body.lines, "}"])
 
     # -- the steps
@@ -232,13 +259,16 @@ class _Program:
         hangs = self.check.step.answer is None or bool(self.check.step.out.get("expired"))
         self.helpers.add("stuck" if hangs else "too_long")
         current, number = "p0", 0
-        for kind, step in self._moments():
+        for kind, step, more in with_loops(self._moments(), self.check.step):
             if step.process != current:
                 self._body(current).add(f"*turn = {number + 1};")
                 number += 1
                 current = step.process
                 self._body(current).add("", f"await_turn({number});")
-            self._emit(kind, step)
+            if more:
+                self._emit_loop(self._body(current), step, more)
+            else:
+                self._emit(kind, step)
         self._finish(current)
 
     def _body(self, process: str) -> _Body:
@@ -262,8 +292,9 @@ class _Program:
             if 0 <= step.end < self.check.step.start:
                 found.append((step.end, "end", step))
         if self.race:
-            if self.several:
-                raise CannotExpressError(f"a race ({self.race[0].id}) among several processes")
+            if self.several or self.short:
+                what = "among several processes" if self.several else "while memory is short"
+                raise CannotExpressError(f"a race ({self.race[0].id}) {what}")
             found.append((self.race[0].start, "race", self.race[0]))
             if self.check.step in self.race:
                 found.append((self.race[-1].start, "judge", self.check.step))
@@ -325,6 +356,8 @@ class _Program:
             self._judge_race(body, step)
         elif step is self.check.step:
             self._emit_check(body, step)
+        elif step is self.short:
+            self._emit_short(body, step)
         elif kind == "begin":
             self._begin_thread(body, step)
         elif kind == "end":
@@ -391,6 +424,30 @@ class _Program:
             self.helpers.add("must")
             target = f"{name} = " if made(step) else ""
             body.add(*wrapped(f'{target}must({call}, "{label(step)}");'))
+
+    def _emit_short(self, body: _Body, step: Step) -> None:
+        """The call during which memory is short; the round goes on if it then answers as it did."""
+        body.add("", *self._comment(step), "/* The call during which an allocation fails. */")
+        if step.call in ("load", "store"):
+            body.add("arm(nth);", *self._touch(step), "if (!disarm())", "\treturn UNTOUCHED;", "")
+            return
+        self._emit_armed(body, step)
+        right = "answer < 0" if made(step) else f"answer != {c_answer(step.answer)}"
+        body.add(f"if ({right})", "\treturn ANOTHER_WAY;")
+        if made(step):
+            self.statics[str(step.answer)] = None
+            body.add(f"{step.answer} = {'(void *)' if step.call == 'mmap' else ''}answer;")
+        body.add("")
+
+    def _emit_armed(self, body: _Body, step: Step) -> None:
+        self.helpers.add("answered")
+        body.declare("long answer;")
+        body.declare("int hit;")
+        if step.call == "KVM_RUN":
+            self._pokes(body, step)
+        call = f"ioctl({step.on}, KVM_RUN, 0)" if step.call == "KVM_RUN" else self.calls.of(step)
+        body.add("arm(nth);", *wrapped(f"answer = answered({call});"), "hit = disarm();")
+        body.add("if (!hit)", "\treturn UNTOUCHED;")
 
     def _emit_found(self, body: _Body, step: Step) -> None:
         received = any(other.call == "receive" and step.answer in other.arguments["fds"] for other in self.steps)
@@ -485,6 +542,22 @@ class _Program:
         self.helpers.add("run")
         body.add(f"run({step.on}, {self._page(step.on)}, {c_answer(step.answer)}, {reason});")
 
+    def _emit_loop(self, body: _Body, first: Step, runs: Sequence[Step]) -> None:
+        """Runs of one program whose registers differ by a step in one of them."""
+        name, start, stride = stepped([first, *runs])
+        fields = {**first.arguments, name: name}
+        fields.pop("structure")
+        body.add(*self._comment(first))
+        end = start + (len(runs) // 2 + 1) * stride
+        body.add(f"for (uint64_t {name} = {c_number(start)}; {name} < {end:#x}; {name} += {stride:#x}) {{")
+        self.helpers.add("must")
+        registers = initialiser(ffi.typeof("struct kvm_regs"), fields)
+        call = wrapped(f'must(ioctl({first.on}, KVM_SET_REGS, &{registers}), "KVM_SET_REGS");')
+        inner = _Body()
+        inner.add(*call)
+        self._emit_run(inner, runs[0])
+        body.add(*inner.lines, "}")
+
     def _emit_sregs(self, body: _Body, step: Step) -> None:
         self.helpers.add("must")
         before = self.sregs.get(step.on, {})
@@ -567,30 +640,40 @@ class _Program:
         check = self.check
         release = self.trace.header.get("circumstances", {}).get("release", "?")
         if check.step.answer is None:
-            return [f"/* The question: {release} never came back from this. */"]
+            return c_comment(f"The question: {release} never came back from this.")
         right = "" if check.seen == check.wanted else f"; {shown(check.wanted)} is right"
-        return [f"/* The question: on {release} this gives {shown(check.seen)}{right}. */"]
+        return c_comment(f"The question: on {release} this gives {shown(check.seen)}{right}.")
 
     def _emit_check(self, body: _Body, step: Step) -> None:
-        self.helpers.add("verdict")
+        if step is not self.short:
+            self.helpers.add("verdict")
         body.add("", *self._question())
         if "stuck" in self.helpers:
             body.add("asked = 1;")
         what = self._what().replace('"', "")
         check = self.check
-        if check.aspect == "exit":
+        self._must_be_plain()
+        if step is self.short:
+            self._check_short(body, step, what)
+        elif check.aspect == "exit":
             self._check_exit(body, step)
+        elif check.aspect == "left":
+            self._check_prefault(body, step)
         elif step.call == "KVM_GET_REGS":
             self.helpers.add("must")
             body.declare("struct kvm_regs regs;")
             body.add(f'must(ioctl({step.on}, KVM_GET_REGS, &regs), "KVM_GET_REGS");')
-            body.add(*self._return(f'verdict("{what}", regs.{check.aspect}, {c_number(check.wanted)})', step))
+            body.add(
+                *self._return(
+                    f'verdict("{what}", regs.{check.aspect}, {c_wanted(check.wanted, f"regs.{check.aspect}")})', step
+                )
+            )
         elif check.aspect == "pages":
             self.helpers.add("must")
             span = f"{{ {c_number(step.arguments['offset'])}, {c_number(step.arguments['length'])} }}"
             body.declare(f"uint64_t range[2] = {span}, found[5];")
             body.add(f'must(syscall(SYS_cachestat, {step.on}, range, found, 0), "cachestat");')
-            body.add(*self._return(f'verdict("{what}", found[0], {c_number(check.wanted)})', step))
+            body.add(*self._return(f'verdict("{what}", found[0], {c_wanted(check.wanted, "found[0]")})', step))
         elif check.aspect == "filled":
             self.helpers.add("is_filled")
             call = f"is_filled({pointer(step.arguments['address'])}, {c_number(step.arguments['length'])}, "
@@ -604,12 +687,33 @@ class _Program:
             self._check_touch(body, step)
         else:
             self.helpers.add("answered")
-            wanted = c_answer(0 if check.wanted is None else check.wanted)
+            wanted = c_wanted(check.wanted)
             # What makes something answers with its number, which is nobody's business.
             got = "answer > 0 ? 0 : answer" if step.call in MAKERS else "answer"
             body.add(*wrapped(f"answer = answered({self.calls.of(step)});"))
             body.declare("long answer;")
             body.add(*self._return(f'verdict("{what}", {got}, {wanted})', step))
+
+    def _must_be_plain(self) -> None:
+        """Raise `CannotExpressError` where several answers would be right, unless they are numbers and errnos."""
+        wanted, step = self.check.wanted, self.check.step
+        if not (isinstance(wanted, Mapping) and ONE_OF in wanted):
+            return
+        plain = all(isinstance(each, int) or is_errno(each) for each in wanted[ONE_OF])
+        if not plain or self.check.aspect in ("exit", "filled", "left") or step.call in ("load", "store"):
+            raise CannotExpressError(f"that any of {shown(wanted)} is right ({step.id})")
+
+    def _check_short(self, body: _Body, step: Step, what: str) -> None:
+        """Of the answer itself only the one that nobody should get says something: which allocation failed is luck."""
+        if self.check.aspect not in ("answer", "exit") or step.call in ("load", "store"):
+            raise CannotExpressError(
+                f"memory that is short while {self.check.aspect} of {step.call} is looked at ({step.id})"
+            )
+        self.helpers.add("race_verdict")
+        self._emit_armed(body, step)
+        got = "answer > 0 ? 0 : answer" if step.call in MAKERS else "answer"
+        seen = 0 if made(step) else step.answer
+        body.add(*wrapped(f'return race_verdict("{what}", {got}, {c_answer(seen)});'))
 
     def _check_touch(self, body: _Body, step: Step) -> None:
         wanted = self.check.wanted
@@ -639,6 +743,21 @@ class _Program:
             body.add(*self._return(f'verdict("{self._what()}", value, {c_number(int(wanted))})', step))
         else:
             body.add(*self._return(f'verdict("{self._what()} (minus a signal)", signalled, {number})', step))
+
+    def _check_prefault(self, body: _Body, step: Step) -> None:
+        """The answer of a prefault, and what it wrote back: where it stopped."""
+        self.helpers.add("answered")
+        body.declare("struct kvm_pre_fault_memory range;")
+        body.declare("long answer;")
+        body.declare("int wrong = 0;")
+        fields = {name: value for name, value in step.arguments.items() if name != "structure"}
+        body.add(*wrapped(f"range = {initialiser(ffi.typeof('struct kvm_pre_fault_memory'), fields)};"))
+        body.add(f"answer = answered(ioctl({step.on}, KVM_PRE_FAULT_MEMORY, &range));")
+        wanted = self.check.wanted
+        body.add(f'wrong |= verdict("KVM_PRE_FAULT_MEMORY", answer, {c_answer(wanted["answer"])});')
+        for name in ("gpa", "size"):
+            body.add(f'wrong |= verdict("{name} left", range.{name}, {c_number(wanted[name])});')
+        body.add(*self._return("wrong", step))
 
     def _check_exit(self, body: _Body, step: Step) -> None:
         """A run that must come out with this answer and this exit; each part of it that can be wrong has a line."""
@@ -681,6 +800,14 @@ class _Program:
                 body.add("exit(0);")
             else:
                 body.add("for (;;)", "\tpause();")
+
+
+def _short_call(steps: Sequence[Step], check: Step) -> Step | None:
+    """The call to be made while memory is short: the check's own, or the last that failed for it, or that did without."""
+    if check.injected:
+        return check
+    short = [step for step in steps if step.injected]
+    return next(reversed([step for step in short if step.failed] or short), None)
 
 
 def _depth(process: str) -> tuple[int, str]:

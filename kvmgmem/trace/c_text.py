@@ -2,12 +2,14 @@
 
 import re
 import signal
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from kvmgmem.arch.x86_64 import programs
 from kvmgmem.errors import Errno
 from kvmgmem.trace import c_parts
+from kvmgmem.trace.expectation import ONE_OF, PREFAULT
 from kvmgmem.trace.steps import Step, is_errno
 
 WIDTH = 100
@@ -66,7 +68,28 @@ def c_answer(value: Any) -> str:
     return c_number(int(value))
 
 
+def c_wanted(value: Any, got: str = "answer") -> str:
+    """What `got` should be: of several right answers any that it is."""
+    if isinstance(value, Mapping) and ONE_OF in value:
+        right = [c_answer(each) for each in value[ONE_OF]]
+        return f"{' || '.join(f'{got} == {each}' for each in right)} ? {got} : {right[0]}"
+    return c_answer(0 if value is None else value)
+
+
 def shown(value: Any) -> str:
+    """A value as a sentence holds it; an exit with its fields, as in `EFAULT, KVM_EXIT_MEMORY_FAULT (gpa 0x1000)`."""
+    if isinstance(value, list) and len(value) == 2:
+        return ", ".join(shown(part) for part in value if part is not None)
+    if isinstance(value, Mapping):
+        if ONE_OF in value:
+            return " or ".join(shown(each) for each in value[ONE_OF])
+        if value.get("is") == PREFAULT:
+            return f"{shown(value['answer'])} with gpa {value['gpa']:#x}, size {value['size']:#x} left"
+        if "answer" in value or "exit" in value:
+            return shown([value.get("answer"), value.get("exit")])
+        fields = [f"{name} {shown(item)}" for name, item in value.items() if name not in ("is", "reason", "data")]
+        name = exit_reason(value) or str(value.get("is", ""))
+        return f"{name} ({', '.join(fields)})" if fields else name
     if isinstance(value, bool) or not isinstance(value, int):
         return str(value)
     return c_number(value)
@@ -76,6 +99,14 @@ def label(step: Step) -> str:
     if step.arguments.get("structure", "").startswith("kvm_userspace_memory") and not step.arguments.get("memory_size"):
         return f"{step.call} (delete)"
     return step.call
+
+
+def c_comment(text: str) -> list[str]:
+    """A comment of one line, or of as many as it takes."""
+    lines = textwrap.wrap(text, WIDTH - 14)
+    if len(lines) == 1:
+        return [f"/* {text} */"]
+    return ["/*", *(f" * {line}" for line in lines), " */"]
 
 
 def exit_reason(found: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ def needed_steps(trace: Trace, check: Check) -> list[Step]:
     # What began while the check's call was under way raced with it.
     last = max(check.step.start, check.step.end)
     candidates = [step for step in trace.steps if step is not check.step and step.start < last and _may_matter(step)]
+    candidates = _with_last_shortage(candidates, check.step)
     if check.aspect == "answer" and check.step.call in _BOOKKEEPING and not check.step.on.startswith("vcpu"):
         candidates = [step for step in candidates if not _is_guest_or_memory(step)]
         candidates = _related_slots(candidates, check.step, _files(trace))
@@ -50,13 +51,21 @@ def all_steps(trace: Trace, check: Check) -> list[Step]:
     """Everything up to the check, but for accesses that raised a signal and looks that change nothing."""
     left_out = ("cachestat", "mincore", "kcmp")
     before = [step for step in trace.steps if step.start < check.step.start and step.call not in left_out]
+    before = _with_last_shortage(before, check.step)
     return [*(step for step in before if not (step.failed and step.call in TOUCHES)), check.step]
 
 
 def _may_matter(step: Step) -> bool:
     if step.call in _QUESTIONS:
         return False
-    return step.call == "KVM_RUN" or not step.failed
+    return step.call == "KVM_RUN" or not step.failed or step.injected
+
+
+def _with_last_shortage(steps: list[Step], check: Step) -> list[Step]:
+    """Of the calls that failed for want of memory only the last: what a call leaves that fails halfway is the question."""
+    halfway = [step for step in steps if step.injected and step.failed]
+    kept = [] if check.injected else halfway[-1:]
+    return [step for step in steps if step not in halfway or step in kept]
 
 
 def _is_guest_or_memory(step: Step) -> bool:
@@ -133,9 +142,11 @@ def _without_round_trips(steps: list[Step]) -> list[Step]:
     """Without slots that were made and deleted again before anybody could use them."""
     dropped: set[str] = set()
     for index, step in enumerate(steps):
-        if not _is_slot(step) or not step.arguments.get("memory_size") or step.id in dropped:
+        if not _is_slot(step) or step.failed or not step.arguments.get("memory_size") or step.id in dropped:
             continue
         for later in steps[index + 1 :]:
+            if later.failed:
+                break
             if _is_slot(later) and _slot(later) == _slot(step):
                 fresh = not any(
                     _is_slot(earlier) and _slot(earlier) == _slot(step) and earlier.id not in dropped

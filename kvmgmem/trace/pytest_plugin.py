@@ -13,6 +13,7 @@ from kvmgmem.errors import KvmError
 from kvmgmem.memory import MemoryAccessError
 from kvmgmem.results.records import Circumstances, Trace
 from kvmgmem.results.stream import ResultStream
+from kvmgmem.trace.expectation import ONE_OF
 from kvmgmem.trace.file import TraceFile, name_for
 from kvmgmem.trace.recorder import Sink, recording
 
@@ -66,8 +67,12 @@ class TracePlugin:
 
     def pytest_assertrepr_compare(self, op: str, left: object, right: object) -> None:
         """A comparison that failed: what was seen stands on the left, as in `assert answer == Errno.EINVAL`."""
-        if entry.watcher is not None and op in ("==", "is"):
+        if entry.watcher is None:
+            return
+        if op in ("==", "is"):
             entry.watcher.expect(left, right)
+        elif op == "in" and isinstance(right, tuple | list):
+            entry.watcher.expect(left, {ONE_OF: list(right)})
 
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> None:
         """A call that was to succeed and did not."""

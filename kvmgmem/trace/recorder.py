@@ -102,6 +102,9 @@ class Recorder:
         self._threads: dict[int, str] = {}
         self._forked = 0
         self._cpuid = _supported_cpuid()
+        self._caller: Any = lib
+        self._facts: dict[str, Any] = {}
+        self._special = ""
         os.register_at_fork(before=self._before_fork, after_in_parent=self._in_parent, after_in_child=self._in_child)
         self._write("begin", schema=SCHEMA, time=time.time(), circumstances=dict(circumstances), **header)
 
@@ -123,16 +126,24 @@ class Recorder:
             thread = self._threads.setdefault(threading.get_ident(), f"t{len(self._threads)}")
             fields: dict[str, Any] = {"id": key, "at": time.monotonic_ns(), "pid": os.getpid()}
             fields |= {"tid": threading.get_native_id(), "process": self.process, "thread": thread, "call": call}
-            self._write("call", **fields, **({"on": on} if on else {}), arguments=arguments)
+            facts = {} if call == "found" else self._facts
+            self._special = key if facts else self._special
+            self._write("call", **fields, **({"on": on} if on else {}), **facts, arguments=arguments)
             return key
 
     def _answer(self, key: str, answer: object, **out: Any) -> None:
+        if key == self._special and getattr(self._caller, "injected", False):
+            out = {**out, "injected": 1}
         self._write("answer", id=key, at=time.monotonic_ns(), answer=answer, **({"out": out} if out else {}))
 
     def end(self) -> None:
         """Write the end and look no more."""
         self._write("end", at=time.monotonic_ns())
         self.active = False
+
+    def through(self, caller: Any, **facts: Any) -> None:
+        """Have `caller` make the calls from now on; `facts` go into the line of each."""
+        self._caller, self._facts = caller, facts
 
     # -- names
 
@@ -199,7 +210,7 @@ class Recorder:
         elif argument > PAGE_SIZE:
             value = self._address(argument)
         key = self._call(name, str(self._fd(fd)), **({"argument": value} if argument else {}))
-        answer = int(lib.kvmgmem_ioctl(fd, request, argument))
+        answer = int(self._caller.kvmgmem_ioctl(fd, request, argument))
         self._answer(key, self._made(name, answer))
         return Answered.by(key, answer)
 
@@ -208,7 +219,7 @@ class Recorder:
         name = decode.request_name(request)
         before = self._structure(name, pointer)
         key = self._call(name, str(self._fd(fd)), **before)
-        answer = int(lib.kvmgmem_ioctl_ptr(fd, request, pointer))
+        answer = int(self._caller.kvmgmem_ioctl_ptr(fd, request, pointer))
         made = self._made(name, answer)
         out: dict[str, Any] = {}
         if request & _READS_BACK:
@@ -224,7 +235,7 @@ class Recorder:
     def kvmgmem_syscall(self, number: int, *arguments: int) -> int:
         """A system call."""
         key, name = self._system_call(number, arguments)
-        answer = int(lib.kvmgmem_syscall(number, *arguments))
+        answer = int(self._caller.kvmgmem_syscall(number, *arguments))
         self._system_answer(key, name, answer, arguments)
         return Answered.by(key, answer)
 
@@ -232,7 +243,7 @@ class Recorder:
         """A system call during which a signal is an answer."""
         *arguments, raw = rest
         key, name = self._system_call(number, arguments)
-        answer = int(lib.kvmgmem_guarded_syscall(number, *rest))
+        answer = int(self._caller.kvmgmem_guarded_syscall(number, *rest))
         fault = _fault_of(raw)
         self._system_answer(key, name, answer, arguments, **({"signal": self._fault(fault)} if fault else {}))
         return answer
@@ -240,46 +251,46 @@ class Recorder:
     def kvmgmem_load(self, address: int, width: int, raw: Any) -> int:
         """A load of up to eight bytes."""
         key = self._call("load", address=self._address(address), width=width)
-        value = int(lib.kvmgmem_load(address, width, raw))
+        value = int(self._caller.kvmgmem_load(address, width, raw))
         self._answer(key, self._fault(_fault_of(raw)) or value)
         return value
 
     def kvmgmem_store(self, address: int, width: int, value: int, raw: Any) -> None:
         """A store of up to eight bytes."""
         key = self._call("store", address=self._address(address), width=width, value=value)
-        lib.kvmgmem_store(address, width, value, raw)
+        self._caller.kvmgmem_store(address, width, value, raw)
         self._answer(key, self._fault(_fault_of(raw)) or 0)
 
     def kvmgmem_fill(self, address: int, length: int, byte: int, raw: Any) -> None:
         """A memset."""
         key = self._call("fill", address=self._address(address), length=length, byte=byte)
-        lib.kvmgmem_fill(address, length, byte, raw)
+        self._caller.kvmgmem_fill(address, length, byte, raw)
         self._answer(key, self._fault(_fault_of(raw)) or 0)
 
     def kvmgmem_first_other(self, address: int, length: int, byte: int, raw: Any) -> int:
         """A look for the first byte that differs."""
         key = self._call("first_other", address=self._address(address), length=length, byte=byte)
-        at = int(lib.kvmgmem_first_other(address, length, byte, raw))
+        at = int(self._caller.kvmgmem_first_other(address, length, byte, raw))
         self._answer(key, self._fault(_fault_of(raw)) or at)
         return at
 
     def kvmgmem_copy_in(self, buffer: Any, address: int, length: int, raw: Any) -> None:
         """A copy out of the watched memory."""
         key = self._call("read_bytes", address=self._address(address), length=length)
-        lib.kvmgmem_copy_in(buffer, address, length, raw)
+        self._caller.kvmgmem_copy_in(buffer, address, length, raw)
         fault = self._fault(_fault_of(raw))
         self._answer(key, fault or decode.pack(bytes(ffi.buffer(buffer, length))))
 
     def kvmgmem_copy_out(self, address: int, data: bytes, length: int, raw: Any) -> None:
         """A copy into the watched memory."""
         key = self._call("write_bytes", address=self._address(address), data=decode.pack(bytes(data[:length])))
-        lib.kvmgmem_copy_out(address, data, length, raw)
+        self._caller.kvmgmem_copy_out(address, data, length, raw)
         self._answer(key, self._fault(_fault_of(raw)) or 0)
 
     def kvmgmem_vcpu_run(self, fd: int, run: Any, runner: Any, deadline_ns: int) -> int:
         """One KVM_RUN."""
         key = self._call("KVM_RUN", str(self._fd(fd)), **self._pokes(run, runner))
-        answer = int(lib.kvmgmem_vcpu_run(fd, run, runner, deadline_ns))
+        answer = int(self._caller.kvmgmem_vcpu_run(fd, run, runner, deadline_ns))
         self._tables.runs[address_of(run)] = _answers_to_an_exit(run)
         # An answer that went in with the call does not describe how it came out (EINTR leaves the old exit standing).
         exits: dict[str, Any] = {"exit": decode.plain(decode_exit(run))}
@@ -318,7 +329,7 @@ class Recorder:
             arguments["pid"] = peer
         self._answer(self._call(name, **arguments), 0)
 
-    def expect(self, seen: object, wanted: object, *, shows: object = None, bug: str = "") -> None:
+    def expect(self, seen: object, wanted: object, *, shows: object = None, bug: str = "", peer: int = 0) -> None:
         """A comparison of the test's: written beside the calls, and matched with the one it is about when it is read."""
         fields = {"seen": decode.plain(seen), "wanted": decode.plain(wanted)}
         steps = _steps_behind(seen)
@@ -326,6 +337,8 @@ class Recorder:
             fields["of"] = steps
         if shows is not None:
             fields["shows"] = decode.plain(shows)
+        if peer:
+            fields["pid"] = peer
         self._write("expected", process=self.process, at=time.monotonic_ns(), **fields, **({"bug": bug} if bug else {}))
 
     # -- fork

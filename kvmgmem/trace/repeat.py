@@ -16,6 +16,8 @@ from typing import Any, Final
 from kvmgmem import entry
 from kvmgmem._native import ffi, lib
 from kvmgmem.entry import address_of
+from kvmgmem.errors import HarnessError
+from kvmgmem.fail_nth import MemoryShortage, Shortage
 from kvmgmem.memory import Mapping as HostMapping
 from kvmgmem.syscalls import NUMBER
 from kvmgmem.trace import decode, messages
@@ -126,6 +128,15 @@ class _Director:
         self.actor.close()
 
 
+def _short_of_memory(method: Callable[[Step], object], step: Step) -> object:
+    """Make a call while the allocation fails that failed when it was recorded."""
+    try:
+        with MemoryShortage(Shortage(step.shortage)) as memory:
+            return memory.call(step.fail_nth, lambda: method(step)).answer
+    except (HarnessError, ValueError) as error:
+        raise _UnrepeatableError(str(error)) from error
+
+
 def _alike(step: Step, answered: Step) -> bool:
     """Whether two answers say the same; what was made counts as made, whatever it is called."""
     if _made_kind(step.answer) or _made_kind(answered.answer):
@@ -200,7 +211,7 @@ class _Actor:
         if method is None:
             method = self._do_ioctl if step.call.startswith(("KVM_", "ioctl ")) else self._do_other
         before = len(self.answers)
-        direct = method(step)
+        direct = _short_of_memory(method, step) if step.injected else method(step)
         if isinstance(direct, tuple):
             return direct
         mine = threading.get_native_id()

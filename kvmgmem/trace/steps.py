@@ -38,6 +38,15 @@ class Step:
     """The line of the answer; -1 without one."""
     pid: int = 0
     tid: int = 0
+    fail_nth: int = 0
+    """Which of the allocations that the call makes was to fail (kvmgmem.fail_nth); 0 for none."""
+    shortage: str = ""
+    """How long memory stays short from that allocation on: a `kvmgmem.fail_nth.Shortage`."""
+
+    @property
+    def injected(self) -> bool:
+        """Whether the call came to the allocation that was to fail."""
+        return bool(self.out.get("injected"))
 
     @property
     def failed(self) -> bool:
@@ -55,6 +64,7 @@ class Expectation:
     """A comparison that the test made, and where in the trace it stands."""
 
     process: str
+    """Whose answer it is about, which may be a child's."""
     line: int
     seen: Value
     wanted: Value
@@ -150,7 +160,7 @@ def build(lines: list[dict[str, Value]], what: str = "the trace") -> Trace:
         for number, line in enumerate(lines)
         if line["trace"] == "call"
     ]
-    wanted = [_expectation(number, line) for number, line in enumerate(lines) if line["trace"] == "expected"]
+    wanted = [_expectation(number, line, processes) for number, line in enumerate(lines) if line["trace"] == "expected"]
     return Trace(lines[0], tuple(steps), tuple(wanted), lines[-1]["trace"] == "end", tuple(lines))
 
 
@@ -176,9 +186,12 @@ def _step(
         end=end,
         pid=line["pid"],
         tid=line["tid"],
+        fail_nth=line.get("fail_nth", 0),
+        shortage=line.get("shortage", ""),
     )
 
 
-def _expectation(number: int, line: dict[str, Value]) -> Expectation:
+def _expectation(number: int, line: dict[str, Value], processes: Mapping[int, str]) -> Expectation:
     told = (line["seen"], line["wanted"], line.get("shows"), line.get("bug", ""))
-    return Expectation(line["process"], number, *told, tuple(line.get("of", ())))
+    process = processes.get(line.get("pid", 0), line["process"])
+    return Expectation(process, number, *told, tuple(line.get("of", ())))

@@ -81,10 +81,14 @@ def result(step: Step) -> str:
     out = {name: item for name, item in step.out.items() if name != "structure"}
     told = value(step.answer)
     exits = out.pop("exit", None)
+    short = out.pop("injected", 0)
     if exits is not None:
         told += f" {value(exits)}"
     if out:
         told += f" {value(out)}"
+    if short:
+        more = " and those after it" if step.shortage == "lasting" else ""
+        told += f"  (allocation {step.fail_nth}{more} failed)"
     return told
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from kvmgmem import bug_coverage
 from kvmgmem.catalogue import contract as catalogue
+from kvmgmem.catalogue import known_bugs
 from kvmgmem.catalogue.contract import Row
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
+from kvmgmem.results.compare import label_of
 from kvmgmem.results.features import features_by_column
 from kvmgmem.results.records import Verdict
 from kvmgmem.results.run import Run, read_run
@@ -20,19 +22,43 @@ from kvmgmem.run import selftests_directory
 
 @dataclass
 class RowReport:
-    """One row: the tests that assert it, and by kernel what became of them, gravest first."""
+    """One row: the tests that assert it, and by kernel what became of them."""
 
     row: Row
     tests: list[str] = field(default_factory=list)
-    verdicts: dict[str, list[tuple[Verdict, str]]] = field(default_factory=dict)
+    answers: dict[str, list["Told"]] = field(default_factory=dict)
 
     def cell(self, kernel: str) -> str:
-        """The row on one kernel in a word; a skip with its reason."""
-        found = self.verdicts.get(kernel, [])
-        ran = [verdict for verdict, _ in found if verdict is not Verdict.SKIPPED]
-        if ran:
-            return str(max(ran, key=lambda verdict: verdict.severity))
-        return f"skipped: {found[0][1]}" if found else "-"
+        """The row on one kernel in a word, the gravest of its tests; a known bug with its id, a skip with its reason."""
+        found = self.answers.get(kernel, [])
+        ran = [told for told in found if told.verdict is not Verdict.SKIPPED]
+        if not ran:
+            return f"skipped: {found[0].reason}" if found else "-"
+        # A test of many rows, such as the model's, says nothing about those that its bug has nothing to do with.
+        of_this_row = [told for told in ran if told.verdict is not Verdict.KNOWN_BUG or self._concerned_by(told.bugs)]
+        if not of_this_row:
+            return f"hidden by {' '.join(_bugs(ran))}"
+        verdict = max((told.verdict for told in of_this_row), key=lambda verdict: verdict.severity)
+        if verdict is not Verdict.KNOWN_BUG:
+            return str(verdict)
+        return " ".join((str(verdict), *(bug for bug in _bugs(of_this_row) if self._concerned_by((bug,)))))
+
+    def _concerned_by(self, bugs: Sequence[str]) -> bool:
+        known = known_bugs.load()  # which may not hold a bug that records of a later version name
+        return any(self.row.id in known[bug].rows for bug in bugs if bug in known)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one test told of a row."""
+
+    verdict: Verdict
+    reason: str
+    bugs: tuple[str, ...]
+
+
+def _bugs(told: Sequence[Told]) -> list[str]:
+    return list(dict.fromkeys(bug for each in told for bug in each.bugs))
 
 
 def add_contract_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -103,10 +129,11 @@ def report(tests: Mapping[str, list[str]], runs: Sequence[Run]) -> list[RowRepor
     for run in runs:
         kernel = _kernel(run)
         for outcome in run.tests:
-            reason = outcome.end.reason if outcome.end else ""
+            end = outcome.end
+            told = Told(outcome.verdict, end.reason if end else "", end.bugs_shown if end else ())
             for row_id in outcome.contract:
                 if row_id in reports:
-                    reports[row_id].verdicts.setdefault(kernel, []).append((outcome.verdict, reason))
+                    reports[row_id].answers.setdefault(kernel, []).append(told)
     return list(reports.values())
 
 
@@ -116,7 +143,7 @@ def _kernel(run: Run) -> str:
         raise HarnessError(
             "a file of records has no run-start, so its kernel is unknown", "leave that file out", ExitCode.USAGE
         )
-    return f"{facts.release} {facts.paging}"
+    return f"{label_of(facts)} {facts.paging}"
 
 
 def _kernels(runs: Sequence[Run]) -> list[str]:

@@ -97,9 +97,7 @@ def run_matrix(args: argparse.Namespace) -> int:
         column.kept = _is_done(column)
     jobs = args.jobs or guests_that_fit(max(column.memory_mib for column in columns))
     try:
-        # What takes longest begins first: at the end nobody waits for it alone.
-        left = [column for column in columns if not column.kept]
-        _run(sorted(left, key=lambda column: -FLAVOUR_SLOWNESS.get(column.kernel.flavour or "", 1.0)), jobs)
+        _run(sorted((column for column in columns if not column.kept), key=_work, reverse=True), jobs)
     finally:
         _stop(columns)
     return _report(columns, args.out)
@@ -150,6 +148,15 @@ def _is_done(column: Column) -> bool:
         return same and read_run([column.results]).complete
     except (OSError, ValueError, HarnessError):
         return False
+
+
+def _work(column: Column) -> tuple[float, tuple[int, ...]]:
+    """How much there is to do, roughly: what takes longest begins first, so that at the end nobody waits for it alone.
+
+    An older kernel skips more: 6.12 takes half of the time that 7.3 takes.
+    """
+    release = tuple(int(number) for number in re.findall(r"\d+", column.kernel.version))
+    return FLAVOUR_SLOWNESS.get(column.kernel.flavour or "", 1.0), release
 
 
 def _run(columns: list[Column], jobs: int) -> None:

@@ -225,15 +225,18 @@ def test_no_fsync(gmem: GuestMemfd) -> None:
 @contract("GM-FD-013")
 @vm_types("default")
 @gmem_kinds("gMS")
-def test_sync_file_range_and_syncfs_do_nothing(gmem: GuestMemfd) -> None:
+def test_sync_file_range_and_syncfs_do_nothing(vm: Vm, gmem: GuestMemfd) -> None:
     """sync_file_range with any legal flags and syncfs succeed, and neither pages nor contents change."""
-    with gmem.map() as mapping:
+    # Poison in a dirty page is an error of the file system in which all gmems are: EIO, once, for each that was there before
+    # somebody was told (mm/memory-failure.c:me_pagecache_dirty; errseq_sample). So the one to be looked at comes later.
+    entry.syscall(NUMBER["syncfs"], gmem.fileno())
+    with vm.create_guest_memfd(gmem.size, gmem.flags) as later, later.map() as mapping:
         mapping.fill(0x5A, 0, 4 * PAGE_SIZE)
         for flags in range(8):
-            assert entry.syscall(NUMBER["sync_file_range"], gmem.fileno(), 0, gmem.size, flags) == OK
-        assert entry.syscall(NUMBER["sync_file_range"], gmem.fileno(), 0, gmem.size, 8) == Errno.EINVAL
-        assert entry.syscall(NUMBER["syncfs"], gmem.fileno()) == OK
-        assert gmem.allocated_pages() == 4
+            assert entry.syscall(NUMBER["sync_file_range"], later.fileno(), 0, later.size, flags) == OK
+        assert entry.syscall(NUMBER["sync_file_range"], later.fileno(), 0, later.size, 8) == Errno.EINVAL
+        assert entry.syscall(NUMBER["syncfs"], later.fileno()) == OK
+        assert later.allocated_pages() == 4
         assert mapping.is_filled_with(0x5A, 0, 4 * PAGE_SIZE)
 
 

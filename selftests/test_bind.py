@@ -820,6 +820,9 @@ def test_alias_lives_and_dies_with_the_mapping(kvm: Kvm, vm: Vm, cpu: GuestCpu) 
         assert cpu.load(GPA) == 0
         assert view.load() == 0
         assert cpu.first_unstamped(GPA + P, OLD + 1, 15) is None
+        gmem.punch(15 * P, P)
+        assert cpu.load(GPA + 15 * P) == 0
+        assert cpu.first_unstamped(GPA + P, OLD + 1, 14) is None
         cpu.store(GPA, NEW)
         gmem.close()
         creator.close()

@@ -383,6 +383,8 @@ def test_not_executable(gmem: GuestMemfd) -> None:
         os.fchmod(other.fileno(), 0o700)
         assert in_child(partial(execute, other.fileno())) == Errno.ENOEXEC
     assert in_child(partial(execute, gmem.fileno())) == Errno.EACCES
+    if filesystem_magic(gmem) == GUEST_MEMFD_MAGIC:  # a mount of their own, which says so, too
+        assert os.fstatvfs(gmem.fileno()).f_flag & os.ST_NOEXEC
 
 
 def execute(fd: int) -> Answer:

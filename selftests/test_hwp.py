@@ -4,6 +4,8 @@ Only pages that the host can map can be poisoned by madvise, so what a guest see
 GM-HWP-005 (exit flag 8) takes a memory error that comes from hardware.
 """
 
+from contextlib import closing
+
 import pytest
 
 from kvmgmem.abi import OK, PAGE_SIZE
@@ -16,12 +18,14 @@ from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, vm_types
 from kvmgmem.testing.fixtures import GPA, SIZE, Running
 from kvmgmem.testing.host_faults import assert_sigbus
 from kvmgmem.testing.hwpoison import machine_check, poison, run_guarded
+from kvmgmem.testing.kernel_log import KernelLog
 from kvmgmem.testing.meminfo import meminfo
 
 STAMP = 0x1DEA_0000_0000_0001
 PAGE = 5
 AT = PAGE * PAGE_SIZE
 PLAIN_GPA = 2 * GPA
+MF_DELAYED = 2  # include/linux/mm.h, enum mf_result
 
 
 def corrupted_pages() -> int:
@@ -84,6 +88,22 @@ def test_poisoning_reports_busy_although_the_page_is_out_of_use(running: Running
         # A broken page is not there to be broken again.
         assert poison(mapping, AT)[0] == Errno.EFAULT
         assert corrupted_pages() == before + 1
+
+
+@contract("GM-HWP-002")
+@disruptive()
+@requires("memory-failure", "root")
+@vm_types("default")
+@gmem_kinds("gMS")
+def test_the_log_tells_what_gmem_said_of_a_broken_page(gmem: GuestMemfd) -> None:
+    """What gmem answers where a page must go is "delayed", neither done nor failed; the kernel's log has the number."""
+    with gmem.map() as mapping, closing(KernelLog()) as log:
+        assert not log.error
+        mapping.store(STAMP, AT)
+        assert poison(mapping, AT)[0] == Errno.EBUSY
+        lines = log.new_lines()
+    told = [line.rpartition(": ")[2] for line in lines if "Failed to punch page" in line]
+    assert told == [str(MF_DELAYED)], lines
 
 
 @contract("GM-HWP-003")

@@ -15,7 +15,7 @@ from kvmgmem.fd import OwnedFd
 from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.memory import Mapping, MemoryRegion
 from kvmgmem.processes import ChildProcess
-from kvmgmem.testing import contract, gmem_kinds, known_bug, vm_types
+from kvmgmem.testing import contract, disruptive, gmem_kinds, known_bug, vm_types, would_show
 from kvmgmem.testing.dead_slots import assert_dead, is_dead
 from kvmgmem.testing.fixtures import GPA, SIZE, Running
 from kvmgmem.testing.storm import Resident, Storm, patrol
@@ -117,6 +117,30 @@ def test_of_two_binds_of_overlapping_pages_exactly_one_wins(running: Running, st
         assert vm.raw.set_region(requests[loser]) == OK
         vm.delete_region(requests[loser].slot)
     assert gmem.allocated_pages() == 12
+
+
+@contract("GM-RACE-009", "GM-RACE-003", "C24")
+@disruptive()
+@guest_reaches
+@would_show("B8")
+def test_a_slot_and_a_long_punch_of_its_pages_take_turns(vm: Vm, cpu: GuestCpu, gmem_kind: int, storm: Storm) -> None:
+    """A slot made or deleted while many pages of it are punched comes before or after all of that, never in between.
+
+    A punch announces at its beginning and at its end what it takes from guests. A slot that was not there at both leaves
+    KVM with a wrong count: the VM is ended (kvm_mmu_invalidate_end), or its guests never get the pages.
+    """
+    pages = 2048
+    with vm.create_guest_memfd(pages * PAGE_SIZE, gmem_kind) as gmem:
+        request = MemoryRegion(slot=0, gpa=GPA, size=gmem.size, gmem=gmem)
+        for _ in storm.rounds(4):
+            for change in (partial(vm.raw.set_region, request), partial(vm.raw.delete_region, 0)):
+                gmem.allocate()
+                assert storm.clash(partial(gmem.raw.punch, 0, gmem.size), change) == [OK, OK]
+                assert gmem.allocated_pages() == 0
+        vm.set_region(request)
+        store_same(cpu, GPA, STAMP)
+        assert cpu.first_not(STAMP, GPA, PAGES) is None
+        assert gmem.allocated_pages() == PAGES
 
 
 @contract("GM-RACE-014", "GM-RACE-005", "GM-RACE-007")

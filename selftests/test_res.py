@@ -24,6 +24,7 @@ from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, vm_types
 from kvmgmem.testing.fixtures import GPA, Running
 from kvmgmem.testing.meminfo import meminfo
 from kvmgmem.testing.memory_cgroup import MemoryCgroup
+from kvmgmem.testing.slab_caches import objects_in_use, slab_caches
 from kvmgmem.testing.slot_metadata import metadata_bytes
 from kvmgmem.testing.smaps import Smaps
 from kvmgmem.vm import Vm
@@ -158,6 +159,24 @@ def test_a_hole_or_the_last_close_gives_the_charge_back(vm: Vm) -> None:
             await_stat(group, "file", SHARE)
         await_stat(group, "file", 0)
         wait_until(lambda: group.usage() < SLACK, "the group pays for nothing")
+
+
+@contract("GM-RES-002", "GM-RES-003", "GM-LIFE-019")
+@requires("memcg", "root", "x86")
+@gmem_kinds("gM", "gMS")
+def test_a_hole_gives_back_what_guests_were_charged_for(running: Running, vm: Vm, gmem_kind: GmemFlag) -> None:
+    """A page that a guest's access has allocated is given back by a hole or the last close, with nobody left holding it."""
+    pages = SHARE // PAGE_SIZE
+    with vm.create_guest_memfd(2 * SHARE, gmem_kind) as gmem, MemoryCgroup() as group, nowhere(2 * SHARE) as nothing:
+        vm.bind(gmem, slot=1, gpa=2 * GPA, hva=nothing.address)
+        group.join()
+        before = group.usage()
+        running.cpu.stamp(2 * GPA, STAMP, 2 * pages)
+        assert group.usage() > before + 2 * SHARE - SLACK
+        gmem.punch(0, SHARE)
+        wait_until(lambda: group.usage() < before + SHARE + SLACK, "the hole's pages are free")
+        gmem.close()
+        wait_until(lambda: group.usage() < before + SLACK, "the file's pages are free")
 
 
 @contract("GM-RES-004")
@@ -325,33 +344,18 @@ SLAB = "kvm_gmem_inode_cache"
 GMEMS = 256
 
 
-def slab(name: str) -> tuple[int, int]:
-    """A slab cache's objects in use, and the bytes that each takes (slabinfo(5))."""
-    lines = Path("/proc/slabinfo").read_text().splitlines()
-    active, _, size = next(line.split()[1:4] for line in lines if line.split()[0] == name)
-    return int(active), int(size)
-
-
-def in_use(name: str) -> int:
-    """The objects of a slab cache in use, after it has given up what it had put aside (those count as in use too)."""
-    shrink = Path(f"/sys/kernel/slab/{name}/shrink")
-    if shrink.exists():
-        shrink.write_text("1")
-    return slab(name)[0]
-
-
 @contract("GM-RES-011")
 @requires("gmem-inode-cache", "root")
 @vm_types("default")
 def test_inodes_come_and_go_with_their_files(vm: Vm) -> None:
     """Each gmem has one object in the cache of gmem inodes, which is given back after its file is gone."""
-    before = in_use(SLAB)
+    before = objects_in_use(SLAB)
     gmems = [vm.create_guest_memfd(PAGE_SIZE) for _ in range(GMEMS)]
-    assert in_use(SLAB) >= before + GMEMS
+    assert objects_in_use(SLAB) >= before + GMEMS
     for gmem in gmems:
         gmem.close()
     # Inodes go after an RCU grace period; others may have made some meanwhile.
-    wait_until(lambda: in_use(SLAB) < before + GMEMS // 4, "the inodes are given back")
+    wait_until(lambda: objects_in_use(SLAB) < before + GMEMS // 4, "the inodes are given back")
 
 
 @contract("GM-NUMA-003")
@@ -360,12 +364,12 @@ def test_inodes_come_and_go_with_their_files(vm: Vm) -> None:
 def test_policies_go_with_their_files(vm: Vm) -> None:
     """The policy of a file is given back after the file is gone, also where pages were allocated by it."""
     policy = Policy.of(Mode.BIND, numa.memory_nodes()[0])
-    before = in_use("numa_policy")
+    before = objects_in_use("numa_policy")
     for _ in range(GMEMS):
         with vm.create_guest_memfd(PAGE_SIZE, GmemFlag.MMAP) as gmem, gmem.map() as host:
             assert numa.mbind(host.address, host.length, policy) == OK
             gmem.allocate()
-    wait_until(lambda: in_use("numa_policy") < before + GMEMS // 4, "the policies are given back")
+    wait_until(lambda: objects_in_use("numa_policy") < before + GMEMS // 4, "the policies are given back")
 
 
 @contract("GM-RES-011")
@@ -373,7 +377,7 @@ def test_policies_go_with_their_files(vm: Vm) -> None:
 @vm_types("default")
 def test_inodes_are_charged_to_the_creator(vm: Vm) -> None:
     """The inode of a gmem is kernel memory of its creator's memory cgroup, beside the file that any descriptor costs."""
-    _, size = slab(SLAB)
+    size = slab_caches(SLAB)[0].size
     with MemoryCgroup() as group:
         group.join()
 
@@ -413,6 +417,27 @@ def test_slot_metadata_is_charged_to_the_caller(host: Host, vm: Vm) -> None:
         assert wanted * 7 // 8 < grown < wanted * 5 // 4
         vm.delete_region(1)
         wait_until(lambda: exact_kernel_bytes(group) - before < wanted // 4, "the tables are given back")
+
+
+@contract("GM-RES-012", "GM-BIND-026", "C19")
+@requires("memcg", "root", "x86")
+@vm_types("default")
+@gmem_kinds("g0")
+def test_a_refused_bind_keeps_no_tables(host: Host, vm: Vm) -> None:
+    """A bind that fails because the pages of the file are bound already gives the tables of its slot back."""
+    attempts = 32
+    pages = next(1 << shift for shift in range(32) if metadata_bytes(host, 1 << shift) >= 256 * KiB)
+    with vm.create_guest_memfd(pages * PAGE_SIZE) as gmem, MemoryCgroup() as group:
+        vm.bind(gmem, slot=1, gpa=GPA, size=PAGE_SIZE)
+        group.join()
+        request = MemoryRegion(slot=2, gpa=2 * GPA, size=gmem.size, gmem=gmem)
+        before = exact_kernel_bytes(group)
+        for _ in range(attempts):
+            assert vm.raw.set_region(request) in (Errno.EEXIST, Errno.EINVAL)  # which of them: B14
+        few = attempts * metadata_bytes(host, pages) // 4
+        wait_until(lambda: exact_kernel_bytes(group) - before < few, "the tables are given back")
+        vm.delete_region(1)
+        assert vm.raw.set_region(request) == OK  # the control: nothing else is wrong with it
 
 
 def frames(mapping: Mapping) -> list[int]:

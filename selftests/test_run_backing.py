@@ -9,8 +9,9 @@ from kvmgmem.abi import OK, PAGE_SIZE, MemFlag
 from kvmgmem.advice import Advice
 from kvmgmem.arch.x86_64 import GuestCpu, is_report
 from kvmgmem.fd import OwnedFd
+from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.memory import Mapping, MemoryRegion
-from kvmgmem.testing import contract, requires, vm_types
+from kvmgmem.testing import contract, gmem_kinds, requires, vm_types
 from kvmgmem.testing.fixtures import GPA, SIZE
 from kvmgmem.testing.stats import read_stats
 from kvmgmem.testing.waiting import TIME_SCALE
@@ -50,6 +51,32 @@ def test_a_vcpu_waits_for_a_page_that_userspace_supplies(vm: Vm, cpu: GuestCpu, 
                     assert is_report(run.result())
             assert cpu.load(GPA + PAGE_SIZE) == STAMP + 1
             assert memory.load(2 * PAGE_SIZE) == STAMP | 0x11
+
+
+@contract("GM-ATTR-018", "GM-RUN-046", "C24")
+@vm_types("sw-protected")
+@gmem_kinds("g0")
+@requires("userfaultfd", "root")
+def test_a_page_converted_while_a_vcpu_waits_for_it_is_not_mapped(vm: Vm, gmem: GuestMemfd, cpu: GuestCpu) -> None:
+    """A vCPU that waits for a shared page which becomes private meanwhile sees the private one once it goes on.
+
+    The conversion has nothing to unmap, and is over when the vCPU has its page: only the count of invalidations tells that
+    it must ask again (mmu_invalidate_seq).
+    """
+    with Mapping.anonymous(SIZE) as shared, Userfaultfd(user_mode_only=False) as faults:
+        assert faults.register(shared.address, shared.length, RegisterMode.MISSING) == OK
+        vm.bind(gmem, gpa=GPA, hva=shared.address)
+        for page, converted in ((1, False), (2, True)):
+            cpu.start("load8", rdi=GPA + page * PAGE_SIZE)
+            with cpu.running() as run:
+                address = faults.wait(10 * TIME_SCALE)
+                assert address == shared.address + page * PAGE_SIZE
+                if converted:
+                    vm.set_private(GPA + page * PAGE_SIZE, PAGE_SIZE)
+                assert faults.copy(address, (STAMP + page).to_bytes(8, "little")) == OK
+                assert cpu.finish(run.result()).rax == (0 if converted else STAMP + page)
+            assert shared.load(page * PAGE_SIZE) == STAMP + page
+        assert gmem.allocated_pages() == 1
 
 
 @pytest.fixture

@@ -197,3 +197,23 @@ def test_paravirtual_areas_are_written_by_userspace_addr(vm: Vm, gmem: GuestMemf
         assert seen["own mapping"] == (accepted, [True, steal == SET])
         assert seen["none"] == (accepted, [False, False])
         assert seen["unrelated"] == seen["own mapping"]
+
+
+@contract("GM-RUN-017", "GM-RUN-018", "GM-RUN-025")
+@vm_types("default")
+@gmem_kinds("gMS")
+def test_an_emulated_access_finds_memory_where_mmio_was(vm: Vm, gmem: GuestMemfd, cpu: GuestCpu) -> None:
+    """Once a slot is made where the guest has met MMIO, instructions that KVM emulates find memory there, as all others do.
+
+    KVM remembers the last page of MMIO for its emulator as long as the slots are the same ones (vcpu_match_mmio_gen).
+    """
+    with gmem.map() as own:
+        own.fill(IN_GMEM, 0, 8)
+        for _ in range(2):
+            assert without_data(cpu.try_load(GPA)) == RunResult(OK, MmioExit(GPA, 8, False, b""))
+            cpu.finish(cpu.answer_mmio(0))
+            vm.bind(gmem, gpa=GPA, hva=own.address)
+            assert put_out(cpu, GPA) == output(IN_GMEM)
+            assert is_report(cpu.run())
+            assert cpu.load(GPA, 1) == IN_GMEM
+            vm.delete_region(0)

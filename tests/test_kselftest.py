@@ -195,6 +195,23 @@ def test_every_end_of_a_program_has_its_verdict(pytester: pytest.Pytester, progr
 
 
 @needs_kvm
+def test_what_is_to_come_first_does(pytester: pytest.Pytester, programs: Path) -> None:
+    """The programs are run by name, but for those that are named first."""
+    words = ["-p", "no:cacheprovider", "-p", "kvmgmem.testing.kselftest", "--collect-only", "-q"]
+    listed = {}
+    for first in ("", "passes,crashes"):
+        done = pytester.runpytest_subprocess(*words, f"--kselftest-first={first}", programs, timeout=90)
+        listed[first] = [line.removeprefix("kselftest::") for line in done.outlines if line.startswith("kselftest::")]
+    by_name = sorted(PROGRAMS)
+    assert listed[""] == by_name
+    assert listed["passes,crashes"] == [
+        "passes",
+        "crashes",
+        *(name for name in by_name if name not in ("passes", "crashes")),
+    ]
+
+
+@needs_kvm
 def test_a_host_runs_none_of_them_unasked(pytester: pytest.Pytester, programs: Path) -> None:
     """A program of the kernel's may do anything: without --disruptive it is skipped, on a host."""
     results = pytester.path / "results.jsonl"

@@ -42,7 +42,8 @@ class KernelTests:
         kept = Path(shutil.copy2(image.path, work / f"kselftest-{image.path.name}"))
         self._guest = replace(guest, image=kept)
         self._arguments = ("-p", kselftest.__name__, f"--kselftest-of={programs.label}")
-        self._tests = [f"{NODE_PREFIX}{name}" for name in programs.files]
+        self._directory = directory.name
+        self._names = list(programs.files)
         self._base = base
         self._work = work
         self._key = f"{key} {programs.label} {' '.join(programs.files)}"
@@ -67,10 +68,10 @@ class KernelTests:
 
     def _run(self, kernel: Kernel, records: Path, *, stop: bool) -> Trial:
         guest = self._guest if kernel.image == self._base.image else replace(self._guest, snapshots=None)
-        tests = (*self._arguments, *self._quick_ones_first())
+        tests = (*self._arguments, f"--kselftest-first={','.join(self._quick_ones_first())}", self._directory)
         return run_tests(guest, kernel, tests, records, stop_at_failure=stop, test_seconds=PROGRAM_SECONDS)
 
     def _quick_ones_first(self) -> list[str]:
         """The programs in the order that costs least where one of them fails."""
-        answers = self._baseline.answers
-        return sorted(self._tests, key=lambda test: answers[test].seconds if test in answers else 0.0)
+        answers = {test.removeprefix(NODE_PREFIX): answer for test, answer in self._baseline.answers.items()}
+        return sorted(self._names, key=lambda name: answers[name].seconds if name in answers else 0.0)

@@ -123,8 +123,10 @@ def _head(results: Sequence[Result], mutants: Mapping[str, Mutant], circumstance
         f"Score: **{score(results)}**.",
     ]
     if any(result.kselftest is not None for result in results):
+        asked = sum(_was_asked(result) for result in results)
+        which = "the same mutants" if asked == score(results).counted else f"{asked} of these mutants"
         lines[-1] += (
-            f" The kernel's own KVM selftests on the same mutants: **{kselftest_score(results)}**;"
+            f" The kernel's own KVM selftests on {which}: **{kselftest_score(results)}**;"
             f" {len(only_ours(results))} are killed by kvmgmem alone."
         )
     if untried := len(mutants) - len(results):
@@ -149,7 +151,20 @@ def _head(results: Sequence[Result], mutants: Mapping[str, Mutant], circumstance
     hows = Counter(result.how for result in results if result.fate is Fate.KILLED)
     if hows:
         lines += ["", "Noticed as: " + ", ".join(f"{name} {count}" for name, count in hows.most_common()) + "."]
+    if tests := Counter(_function(result.test) for result in results if result.fate is Fate.KILLED and result.test):
+        most, killed = tests.most_common(1)[0]
+        single = sum(count == 1 for count in tests.values())
+        lines += [
+            "",
+            "A mutant is over with the first test that notices it, so this is not all that each test would notice:",
+            f"{len(tests)} tests killed one mutant or more, {single} of them exactly one, `{most}` {killed}.",
+        ]
     return lines
+
+
+def _function(test: str) -> str:
+    """A test without its parameters and its file."""
+    return test.partition("[")[0].rpartition("::")[2]
 
 
 def _commands(results: Sequence[Result], circumstances: Circumstances | None) -> list[str]:

@@ -92,15 +92,21 @@ class MemoryShortage:
     def _set_knobs(self) -> None:
         lasting = self.shortage is Shortage.LASTING
         wanted = {**_KNOBS, "task-filter": "Y" if lasting else "N", "times": str(LASTING_FAILURES)}
-        # Last, because from then on they fail, if only for threads that are marked.
-        wanted["probability"] = "100" if lasting else "0"
         for injector in INJECTORS:
+            # First, whoever set it: without the filter it would be everybody's allocations that fail.
+            self._set(injector, "probability", "0")
             for knob, value in wanted.items():
-                place = host.DEBUGFS / injector / knob
                 # min-order and ignore-gfp-highmem are of pages, cache-filter is of slabs; the rest everybody has.
-                if knob in ("times", "verbose", "probability") or place.exists():
-                    self._before[place] = place.read_text().strip()
-                    place.write_text(value)
+                if knob in ("times", "verbose") or (host.DEBUGFS / injector / knob).exists():
+                    self._set(injector, knob, value)
+            # Last, because from then on they fail, if only for threads that are marked.
+            if lasting:
+                self._set(injector, "probability", "100")
+
+    def _set(self, injector: str, knob: str, value: str) -> None:
+        place = host.DEBUGFS / injector / knob
+        self._before.setdefault(place, place.read_text().strip())
+        place.write_text(value)
 
     def _open(self, path: Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -108,6 +114,10 @@ class MemoryShortage:
         return fd
 
     def _leave(self) -> None:
+        """Put the knobs back, with none to fail until the filter is what it was: the probability was the first to be set."""
+        for place in self._before:
+            if place.name == "probability":
+                place.write_text("0")
         for place, value in reversed(self._before.items()):
             place.write_text(value)
         for fd in self._fds:

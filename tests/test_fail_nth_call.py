@@ -117,6 +117,28 @@ def test_knobs_are_set_and_put_back(kernel: Path, shortage: Shortage, marked: st
     assert knobs(kernel) == before
 
 
+@pytest.mark.parametrize("shortage", list(Shortage))
+def test_no_allocation_is_to_fail_while_knobs_are_set(
+    kernel: Path, shortage: Shortage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probability that somebody left is 0 before any other knob is touched, on the way in and on the way out."""
+    written: list[tuple[str, str, str]] = []
+    write = Path.write_text
+
+    def note(path: Path, text: str) -> int:
+        probability = (path.parent / "probability").read_text().strip()
+        written.append((path.parent.name, path.name, probability))
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", note)
+    with MemoryShortage(shortage):
+        pass
+    for injector in fail_nth.INJECTORS:
+        others = [standing for where, knob, standing in written if where == injector and knob != "probability"]
+        assert others == ["0"] * len(others)
+        assert len(others) == 2 * (len(KNOBS) - 1 + len(OF_PAGES if injector == "fail_page_alloc" else OF_SLABS))
+
+
 def test_each_call_has_all_the_failures_of_a_lasting_shortage(kernel: Path) -> None:
     """However many allocations one call failed, the next one meets as many failures."""
     with MemoryShortage(Shortage.LASTING) as memory:

@@ -36,6 +36,15 @@ class Watcher(Protocol):
         `peer` is the pid of the process that the answer is of, if that is another one.
         """
 
+    def lives(self, directory: str, alive: bool) -> None:
+        """Somebody looked whether a VM lives: whether its directory below debugfs's kvm is there."""
+
+    def should_live(self, directory: str, wanted: bool) -> None:
+        """A test wanted the last look at that directory to tell this, and it did not."""
+
+    def statistic(self, fd: int, name: str, value: int) -> int:
+        """Somebody read a statistic of a VM or a vCPU; `value` again, in a form that comparisons are recognised by."""
+
 
 native: Any = lib
 """What makes the calls: the binding, or a watcher around it."""

@@ -40,7 +40,7 @@ from kvmgmem.testing import (
 from kvmgmem.testing.announcements import Announcements
 from kvmgmem.testing.fixtures import GPA, SIZE, Running
 from kvmgmem.testing.slab_caches import objects_in_use
-from kvmgmem.testing.stats import read_stats
+from kvmgmem.testing.stats import read_stat
 from kvmgmem.testing.vm_directory import VmDirectory
 from kvmgmem.vcpu import Vcpu
 from kvmgmem.vm import Vm
@@ -469,7 +469,7 @@ def test_a_conversion_that_failed_leaves_no_mark(vm: Vm, machine: GuestMachine) 
             room.store(STAMP, aligned - room.address + page * PAGE_SIZE)
         region = MemoryRegion(0, GPA, SIZE, aligned)
         vm.set_region(region)
-        assert (cpu.load(GPA), read_stats(vm)["pages_2m"]) == (STAMP, 1)  # the control: no conversion was ever tried
+        assert (cpu.load(GPA), read_stat(vm, "pages_2m")) == (STAMP, 1)  # the control: no conversion was ever tried
         vm.delete_region(0)
         # The first node of the table is there when the next is asked for, so that entries stay reserved.
         reserved = 0
@@ -481,7 +481,7 @@ def test_a_conversion_that_failed_leaves_no_mark(vm: Vm, machine: GuestMachine) 
             reserved += 1
             assert vm.raw.set_attributes(GPA, SIZE, 0) == OK
             vm.set_region(region)
-            seen = (cpu.load(GPA), read_stats(vm)["pages_2m"])
+            seen = (cpu.load(GPA), read_stat(vm, "pages_2m"))
             known_bug("B10").expect(seen, (STAMP, 1), shows=(STAMP, 0))
             vm.delete_region(0)
             vm.set_private(GPA, SIZE)

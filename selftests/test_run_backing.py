@@ -13,7 +13,7 @@ from kvmgmem.guest_memfd import GuestMemfd
 from kvmgmem.memory import Mapping, MemoryRegion
 from kvmgmem.testing import contract, gmem_kinds, requires, vm_types
 from kvmgmem.testing.fixtures import GPA, SIZE
-from kvmgmem.testing.stats import read_stats
+from kvmgmem.testing.stats import read_stat
 from kvmgmem.testing.waiting import TIME_SCALE
 from kvmgmem.userfaultfd import FEATURE_MINOR_SHMEM, RegisterMode, Userfaultfd
 from kvmgmem.vm import Vm
@@ -106,7 +106,7 @@ def test_huge_mappings_are_split_while_dirty_pages_are_logged(vm: Vm, cpu: Guest
 
     vm.set_region(region)
     cpu.stamp(GPA, STAMP, PAGES)
-    assert read_stats(vm)["pages_2m"] == 1
+    assert read_stat(vm, "pages_2m") == 1
     assert holds()
 
     vm.set_region(region.but(flags=MemFlag.LOG_DIRTY))
@@ -114,11 +114,11 @@ def test_huge_mappings_are_split_while_dirty_pages_are_logged(vm: Vm, cpu: Guest
     for page in (3, 7):
         cpu.store(GPA + page * PAGE_SIZE, STAMP + page + PAGES)
     assert vm.dirty_pages(1, PAGES) == {3, 7}
-    assert read_stats(vm)["pages_2m"] == 0
+    assert read_stat(vm, "pages_2m") == 0
     assert holds(3, 7)
 
     vm.set_region(region)
     assert holds(3, 7)
-    assert read_stats(vm)["pages_2m"] == 1
+    assert read_stat(vm, "pages_2m") == 1
     cpu.store(GPA + 4 * PAGE_SIZE, STAMP + 4 + PAGES)
     assert holds(3, 4, 7)

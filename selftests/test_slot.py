@@ -22,7 +22,7 @@ from kvmgmem.memory import Mapping, MemoryRegion
 from kvmgmem.processes import in_child
 from kvmgmem.testing import contract, gmem_kinds, known_bug, need, requires, test_timeout, vm_types, wait_until
 from kvmgmem.testing.fixtures import GPA, SIZE
-from kvmgmem.testing.stats import read_stats
+from kvmgmem.testing.stats import read_stat
 from kvmgmem.vm import Vm, region1, region2
 
 SLOT_IDS = 32764  # x86: SHRT_MAX minus the three of KVM's own (kh:KVM_USER_MEM_SLOTS)
@@ -417,11 +417,11 @@ def test_same_plain_slot_again_is_nothing_new(vm: Vm, plain: MemoryRegion, cpu: 
     for region in (plain, plain.but(flags=MemFlag.LOG_DIRTY)):
         vm.set_region(region)
         assert cpu.load(GPA) == OLD
-        before = read_stats(cpu.vcpu)["pf_fixed"]
+        before = read_stat(cpu.vcpu, "pf_fixed")
         assert vm.raw.set_region(region) == OK
         assert vm.raw.set_region_v1(region) == OK
         assert cpu.load(GPA) == OLD
-        assert read_stats(cpu.vcpu)["pf_fixed"] == before, "the guest had to fault again"
+        assert read_stat(cpu.vcpu, "pf_fixed") == before, "the guest had to fault again"
         vm.delete_region(plain.slot)
 
 
@@ -716,12 +716,12 @@ def faults_after_deleting_a_neighbour(vm: Vm, cpu: GuestCpu, memory: Mapping) ->
     cpu.store(ELSEWHERE, OLD)
     cpu.stamp(GPA, NEW, PAGES)
     assert cpu.first_unstamped(GPA, NEW, PAGES) is None
-    before = read_stats(cpu.vcpu)["pf_fixed"]
+    before = read_stat(cpu.vcpu, "pf_fixed")
     assert cpu.first_unstamped(GPA, NEW, PAGES) is None
-    assert read_stats(cpu.vcpu)["pf_fixed"] == before, "reading mapped pages faults"
+    assert read_stat(cpu.vcpu, "pf_fixed") == before, "reading mapped pages faults"
     vm.delete_region(6)
     assert cpu.first_unstamped(GPA, NEW, PAGES) is None
-    return read_stats(cpu.vcpu)["pf_fixed"] - before
+    return read_stat(cpu.vcpu, "pf_fixed") - before
 
 
 @contract("GM-SLOT-028", "GM-SLOT-029")

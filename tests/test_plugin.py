@@ -13,6 +13,8 @@ from kvmgmem.exit_codes import ExitCode
 from kvmgmem.kvm import Kvm
 from kvmgmem.processes import Channel, ChildProcess
 from kvmgmem.testing.waiting import TIME_SCALE, wait_until
+from kvmgmem.trace.expectation import find_check
+from kvmgmem.trace.steps import load
 
 pytestmark = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm on this machine")
 
@@ -182,10 +184,14 @@ def test_end(request):
     HOLDER.kill()
     HOLDER.wait()
 """,
+        f"--trace-to={pytester.path / 'traces'}",
     )
     assert outcome.ends["test_it"]["verdict"] == "failed", outcome.text
     assert "VMs outlive the test" in outcome.ends["test_it"]["reason"]
     assert outcome.ends["test_the_next_one_is_not_blamed"]["verdict"] == "passed"
+    if os.geteuid() == 0:  # debugfs tells which VM it was
+        check = find_check(load(next((pytester.path / "traces").glob("*test_it.trace"))))
+        assert (check.step.call, check.step.on, check.wanted) == ("lives", "vm0", 0)
 
 
 def test_crash_hang_and_failure_cost_one_test_each(pytester: pytest.Pytester) -> None:

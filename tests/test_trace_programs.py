@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -11,27 +12,33 @@ from typing import Any
 
 import pytest
 
-from kvmgmem import cli, entry
+from kvmgmem import cli, entry, host
 from kvmgmem._native import lib
 from kvmgmem.abi import PAGE_SIZE, GiB, MiB
 from kvmgmem.errors import Errno
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.fail_nth import Shortage
+from kvmgmem.kvm import Kvm
 from kvmgmem.memory import Mapping, MemoryRegion
+from kvmgmem.model import play, traits, world
 from kvmgmem.model.answers import Left, Plain
+from kvmgmem.model.steps import Close, CreateVm
 from kvmgmem.processes import ChildProcess
+from kvmgmem.testing.stats import read_stat
 from kvmgmem.trace import c_parts, decode
 from kvmgmem.trace.c_program import c_program
 from kvmgmem.trace.expectation import ONE_OF, find_check
 from kvmgmem.trace.file import TraceFile
 from kvmgmem.trace.finding import told
 from kvmgmem.trace.prune import needed_steps
+from kvmgmem.trace.pytest_plugin import TracePlugin
 from kvmgmem.trace.recorder import recording
 from kvmgmem.trace.repeat import repeat
 from kvmgmem.trace.repro import COMPILER
 from kvmgmem.trace.repro import build as build_program
 from kvmgmem.trace.steps import Trace, build, load
 from kvmgmem.trace.text import describe
+from kvmgmem.vm import Vm
 
 needs_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm on this machine")
 needs_cc = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C compiler on this machine")
@@ -554,6 +561,167 @@ def test_what_fails_in_a_guest_is_repeated_by_its_own_command(
     assert asked == [(wanted, "7.3", variant, append)]
 
 
+# -- what a trace tells beside calls: whether VMs live, and KVM's statistics
+
+DEBUGFS_PLACE = "/sys/kernel/debug"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="debugfs is root's")
+
+
+def run_with(kind: str, trace: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Make the program and run it where another file system is mounted in debugfs's place."""
+    source = trace.with_name("bug.c")
+    assert cli.main(["repro", str(trace), "-o", str(source), "--build", *options]) == ExitCode.OK
+    script = f"mount -t {kind} none {DEBUGFS_PLACE} && exec {source.with_suffix('')}"
+    words = ["unshare", "--mount", "sh", "-c", script]
+    return subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+
+
+def directory_of(vm: Vm) -> str:
+    """Its name in debugfs, which need not be mounted here."""
+    return f"{threading.get_native_id()}-{vm.fileno()}"
+
+
+@needs_kvm
+@needs_cc
+@needs_root
+@pytest.mark.parametrize(("letting_go", "status"), [(True, 0), (False, 1)])
+def test_whether_a_vm_lives_is_a_question_in_c_too(record: Any, letting_go: bool, status: int) -> None:
+    """What may hold a VM stays in the program, failed calls too, and it looks where debugfs has the VM: 0, 1, or a skip."""
+
+    def action(recorder: Any) -> None:
+        with Kvm.open() as kvm, kvm.create_vm(0) as other, kvm.create_vm(0) as vm:
+            name, stats = directory_of(vm), vm.stats_fd()
+            assert vm.raw.create_guest_memfd(1) == Errno.EINVAL
+            assert other.raw.delete_region(0) == Errno.EINVAL
+            vm.close()
+            if letting_go:
+                stats.close()
+            recorder.lives(name, alive=not letting_go)
+            recorder.should_live(name, wanted=False)
+            stats.close()
+
+    path = record(action)
+    done = run_with("debugfs", path)
+    seen = "OK: whether vm1 lives: got 0, wanted 0" if letting_go else "BUG: whether vm1 lives: got 0x1, wanted 0"
+    assert (done.returncode, done.stdout.replace("0x0", "0")) == (status, f"{seen}\n")
+    text = path.with_name("bug.c").read_text()
+    assert "KVM_CREATE_GUEST_MEMFD" in text
+    assert " vm0" not in text
+    done = run_with("tmpfs", path)
+    assert (done.returncode, done.stdout.rpartition("/")[0]) == (4, "SKIP: /sys/kernel/debug/kvm")
+
+
+@needs_kvm
+@needs_cc
+@needs_root
+def test_another_process_may_ask_for_the_vm(record: Any) -> None:
+    """A child's VM ends with the child, and its parent knows where to look."""
+
+    def action(recorder: Any) -> None:
+        def child(channel: Any) -> None:
+            vm = Kvm.open().create_vm(0)
+            channel.send(directory_of(vm))
+            channel.receive()
+
+        with ChildProcess(child) as process:
+            name = process.receive()
+            recorder.lives(name, alive=True)
+            process.send()
+            process.wait()
+        recorder.lives(name, alive=False)
+        recorder.should_live(name, wanted=True)
+
+    path = record(action)
+    first = next(step for step in load(path).steps if step.call == "lives")
+    assert first.on == "vm0_p1"
+    assert run_with("debugfs", path).returncode == 1  # it is gone, and the "test" wanted it to live
+    assert run_with("debugfs", path, "--expect", f"{first.id}=1").returncode == 0
+
+
+@needs_kvm
+@needs_cc
+@needs_root
+def test_a_vm_that_outlived_its_test_is_looked_for_at_the_end(record: Any) -> None:
+    """The runner adds to a trace what it saw after the test's end; the program makes the calls in a process of its own."""
+
+    def action(recorder: Any) -> None:
+        with Kvm.open() as kvm, kvm.create_vm(0) as vm:
+            vm.create_guest_memfd(PAGE_SIZE).release()
+            recorder.left = directory_of(vm)
+
+    path = record(action)
+    name = next(step.out["debugfs"] for step in load(path).steps if "debugfs" in step.out)
+    plugin = TracePlugin(str(path.parent), lambda item: True)
+    path.rename(plugin.path_of("a test") or path)
+    plugin.outlived("a test", [name])
+    trace = load(plugin.path_of("a test") or path)
+    assert trace.complete
+    check = find_check(trace)
+    assert (check.step.call, check.step.on, check.seen, check.wanted) == ("lives", "vm0", 1, 0)
+    done = run_with("debugfs", plugin.path_of("a test") or path)
+    assert (done.returncode, done.stdout) == (0, "OK: whether vm0 lives: got 0, wanted 0\n")
+
+
+@needs_kvm
+@needs_cc
+def test_a_statistic_is_read_in_c_too(record: Any) -> None:
+    """A statistic by its name; where it once stood as it should, it must have stood for the question to mean anything."""
+
+    def action(recorder: Any) -> None:
+        with Kvm.open() as kvm, kvm.create_vm(0) as vm:
+            assert read_stat(vm, "remote_tlb_flush_requests") == 0
+            recorder.expect(read_stat(vm, "remote_tlb_flush_requests"), 0)
+
+    path = record(action)
+    check = find_check(load(path))
+    assert [step.call for step in needed_steps(load(path), check)][-2:] == ["statistic", "statistic"]
+    assert run_program(path).returncode == 0
+    assert run_program(path, "--expect", f"{check.step.id}=7").returncode == 1
+    assert "must_stand" not in path.with_name("bug.c").read_text()
+    # As if both had been 5 where it was recorded.
+    control = next(step.id for step in load(path).steps if step.call == "statistic")
+    text = path.read_text()
+    for step in (control, check.step.id):
+        text = re.sub(rf'("id":"{step}","at":\d+,"answer":)0', r"\g<1>5", text)
+    path.write_text(text.replace('"seen":0,"wanted":0', '"seen":5,"wanted":5'))
+    done = run_program(path)
+    assert (done.returncode, done.stdout) == (4, "SKIP: remote_tlb_flush_requests: so it says nothing\n")
+
+
+@needs_kvm
+def test_looks_are_repeated(record: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay looks whether its own VM lives, and reads its statistics; what is otherwise here differs."""
+
+    def action(recorder: Any) -> None:
+        with Kvm.open() as kvm, kvm.create_vm(0) as vm:
+            read_stat(vm, "remote_tlb_flush_requests")
+            recorder.lives(directory_of(vm), alive=False)
+
+    monkeypatch.setattr(host, "DEBUGFS", tmp_path)  # where no VM has a directory
+    path = record(action)
+    outcome = repeat(load(path))
+    assert (outcome.first, outcome.notes) == (None, [])
+    look = next(step.id for step in load(path).steps if step.call == "lives")
+    text = path.read_text().replace("remote_tlb_flush_requests", "nothing")
+    path.write_text(re.sub(rf'("id":"{look}","at":\d+,"answer":)0', r"\g<1>1", text))
+    outcome = repeat(load(path))
+    assert "there is no such statistic here: 'nothing'" in outcome.notes[0]
+    assert outcome.first is not None
+    assert (outcome.first.step.call, outcome.first.answered.answer) == ("lives", 0)
+
+
+@needs_kvm
+def test_a_life_that_the_model_says_otherwise_is_told(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VM that should have ended with its last descriptor, and does not, is what a recorded sequence is about."""
+    monkeypatch.setattr(world, "_exists", lambda directory: True)
+    monkeypatch.setattr(play, "GONE_LIMIT", 0.01)
+    known = traits.probe()
+    path = record(lambda _: play.play([CreateVm("v0", 0), Close("v0")], known, prefetches=False))
+    check = find_check(load(path))
+    assert (check.step.call, check.step.on, check.seen, check.wanted) == ("lives", "vm0", 1, 0)
+    assert [step.call for step in needed_steps(load(path), check)] == ["open", "KVM_CREATE_VM", "close", "lives"]
+
+
 # -- the plugin
 
 
@@ -602,3 +770,37 @@ def test_failing_tests_offer_their_program(pytester: pytest.Pytester) -> None:
         assert check.step.answer == check.seen == "EINVAL"
         assert load(path).header["rule"] == "A rule."
     assert not wanted
+
+
+@needs_kvm
+@needs_root
+def test_what_a_test_says_of_a_vm_s_life_is_recorded(pytester: pytest.Pytester) -> None:
+    """An assertion about a VM's directory is a comparison, too, and about the look that it was made with."""
+    pytester.makepyfile(
+        """
+        from kvmgmem.testing import contract, vm_types
+        from kvmgmem.testing.vm_directory import VmDirectory
+
+        @contract("GM-CRE-001")
+        @vm_types("default")
+        def test_is_not_there(vm):
+            directory = VmDirectory.of(vm)
+            vm.check_extension(1)
+            with vm.stats_fd():
+                assert not directory.exists, "so early"
+
+        @contract("GM-CRE-001")
+        @vm_types("default")
+        def test_waits(vm):
+            VmDirectory.of(vm).wait_gone(0.01)
+        """
+    )
+    results, traces = pytester.path / "results.jsonl", pytester.path / "traces"
+    done = pytester.runpytest_subprocess(f"--results={results}", f"--trace-to={traces}", timeout=90)
+    done.assert_outcomes(failed=2)
+    for path in traces.iterdir():
+        trace = load(path)
+        check = find_check(trace)
+        assert (check.step.call, check.step.on, check.seen, check.wanted) == ("lives", "vm0", 1, 0)
+        assert check.step.id == [step.id for step in trace.steps if step.call == "lives"][-1]
+    assert len(list(traces.iterdir())) == 2

@@ -256,6 +256,7 @@ class Player:
         alive = {vm.name for vm in self.model.state.vms()}
         for vm in list(self.world.directories):
             if vm in alive and not self.world.lives(vm):
+                self._tell_life(vm, alive=False)
                 self._disagree(f"lifetime of {vm}", "alive", "gone", None)
             elif vm not in alive:
                 self._await_end(vm)
@@ -264,9 +265,16 @@ class Player:
         deadline = time.monotonic() + GONE_LIMIT * TIME_SCALE
         while self.world.lives(vm):
             if time.monotonic() > deadline:
+                self._tell_life(vm, alive=True)
                 self._disagree(f"lifetime of {vm}", "gone", "alive", None)
             time.sleep(0.001)
         self.world.forget(vm)
+
+    def _tell_life(self, vm: str, alive: bool) -> None:
+        """Have a recording say what was seen of a VM that should have ended, or that should not have."""
+        if entry.watcher is not None:
+            entry.watcher.lives(self.world.directories[vm], alive)
+            entry.watcher.should_live(self.world.directories[vm], not alive)
 
     def _check_host(self) -> None:
         for window, area in self.model.state.main.areas.items():

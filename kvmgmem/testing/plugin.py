@@ -171,7 +171,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     tracer = config.stash.get(TRACER, None)
     if tracer is not None:
         tracer.stream, tracer.circumstances = run.stream, run.circumstances()
-        run.trace_of = tracer.path_of
+        run.trace_of, run.tell_outlived = tracer.path_of, tracer.outlived
 
 
 def _settings(config: pytest.Config) -> Settings:

@@ -10,7 +10,7 @@ import signal
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -73,6 +73,8 @@ class Judged:
     bugs_absent: tuple[str, ...] = ()
     kernel_log: list[str] = field(default_factory=list)
     properties: dict[str, str] = field(default_factory=dict)
+    outlived: list[str] = field(default_factory=list)
+    """VMs that were there when none of the test's processes was, as debugfs calls them."""
 
 
 class Session:
@@ -93,6 +95,8 @@ class Session:
         self._still_alive: set[int] = set()
         self.trace_of: Callable[[str], Path | None] = lambda test: None
         """Where a test is recorded, if it is."""
+        self.tell_outlived: Callable[[str, Sequence[str]], None] = lambda test, directories: None
+        """What wants to know which VMs outlived a test: its recording."""
 
     def write(self, record: Record) -> None:
         """Append a record to the results."""
@@ -182,6 +186,8 @@ class Session:
             self._skips[judged.reason] = self._skips.get(judged.reason, 0) + 1
         faulty = judged.verdict.severity >= Verdict.FAILED.severity and judged.verdict is not Verdict.ERROR
         # What is no Python makes its calls where nothing of ours can record them.
+        if judged.outlived:
+            self.tell_outlived(item.nodeid, judged.outlived)
         if faulty and isinstance(item, pytest.Function):
             judged.detail = offer(judged.detail, _repeat_template(), item.nodeid, self.trace_of(item.nodeid))
         self.write(
@@ -218,7 +224,8 @@ class Session:
             _fail(judged, Verdict.ERROR, f"VM lifetimes cannot be watched: {error}")
             return
         if alive:
-            names = ", ".join(debugfs_vms(alive) or [f"made by process {pid}" for pid in sorted(alive)])
+            judged.outlived = debugfs_vms(alive)
+            names = ", ".join(judged.outlived or [f"made by process {pid}" for pid in sorted(alive)])
             self._still_alive |= alive
             _fail(judged, Verdict.FAILED, f"leak: VMs outlive the test: {names}")
 

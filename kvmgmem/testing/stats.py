@@ -5,6 +5,7 @@ import struct
 from types import TracebackType
 from typing import Protocol, Self
 
+from kvmgmem import entry
 from kvmgmem.fd import OwnedFd
 
 _HEADER = struct.Struct("<6I")  # flags, name_size, num_desc, id_offset, desc_offset, data_offset
@@ -13,6 +14,9 @@ _DESCRIPTOR = struct.Struct("<IhHII")  # flags, exponent, size, offset, bucket_s
 
 class HasStats(Protocol):
     """A VM or a vCPU."""
+
+    def fileno(self) -> int:
+        """Its own descriptor."""
 
     def stats_fd(self) -> OwnedFd:
         """The descriptor of its statistics."""
@@ -25,7 +29,7 @@ class Stats:
     """
 
     def __init__(self, of: HasStats) -> None:
-        self._fd = of.stats_fd()
+        self._of, self._fd = of.fileno(), of.stats_fd()
         _, name_size, count, _, at, self._data = _HEADER.unpack(self._read(0, _HEADER.size))
         stride = _DESCRIPTOR.size + name_size
         described = self._read(at, count * stride)
@@ -40,11 +44,15 @@ class Stats:
         return os.pread(self._fd.fileno(), length, offset)
 
     def __getitem__(self, name: str) -> int:
+        value = self._value(name)
+        return value if entry.watcher is None else entry.watcher.statistic(self._of, name, value)
+
+    def _value(self, name: str) -> int:
         return int.from_bytes(self._read(self._data + self._offsets[name], 8), "little")
 
     def all(self) -> dict[str, int]:
-        """Every one as it stands."""
-        return {name: self[name] for name in self._offsets}
+        """Every one as it stands; a recording has none of them."""
+        return {name: self._value(name) for name in self._offsets}
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -58,6 +66,12 @@ class Stats:
 
 
 def read_stats(of: HasStats) -> dict[str, int]:
-    """The statistics of a VM, or of a vCPU that is not running, as they stand."""
+    """The statistics of a VM, or of a vCPU that is not running, as they stand; a recording has none of them."""
     with Stats(of) as stats:
         return stats.all()
+
+
+def read_stat(of: HasStats, name: str) -> int:
+    """A statistic of a VM, or of a vCPU that is not running, as it stands; raises KeyError if there is none of the name."""
+    with Stats(of) as stats:
+        return stats[name]

@@ -1,9 +1,11 @@
 """Whether a VM still lives, told by its debugfs directory, which outlasts every descriptor of the VM."""
 
 import os
+import re
 import threading
 from dataclasses import dataclass
 
+from kvmgmem import entry
 from kvmgmem.host import DEBUGFS
 from kvmgmem.testing.waiting import wait_until
 from kvmgmem.vm import Vm
@@ -29,8 +31,30 @@ class VmDirectory:
     @property
     def exists(self) -> bool:
         """Whether the VM lives."""
-        return os.path.isdir(DEBUGFS / "kvm" / self.name)  # noqa: PTH112 - polled
+        alive = self._is_there()
+        if entry.watcher is not None:
+            entry.watcher.lives(self.name, alive)
+        return alive
 
     def wait_gone(self, limit: float = 1.0) -> None:
         """Return once the VM is gone; raises AssertionError after `limit` seconds (scaled under emulation)."""
-        wait_until(lambda: not self.exists, f"the VM {self.name} is gone", limit)
+        try:
+            wait_until(lambda: not self._is_there(), f"the VM {self.name} is gone", limit)
+        except AssertionError:
+            if entry.watcher is not None:
+                entry.watcher.lives(self.name, alive=True)
+                entry.watcher.should_live(self.name, wanted=False)
+            raise
+
+    def _is_there(self) -> bool:
+        return os.path.isdir(DEBUGFS / "kvm" / self.name)  # noqa: PTH112 - polled
+
+
+_DENIED = re.compile(r"where (True|False) = VmDirectory\(name='(\d+-\d+)'\)\.exists")
+
+
+def tell_denied(error: AssertionError) -> None:
+    """Have a recording say what a test wanted of a VM's life, if that is what its assertion was about."""
+    found = _DENIED.search(str(error))
+    if found and entry.watcher is not None:
+        entry.watcher.should_live(found[2], wanted=found[1] == "False")

@@ -7,6 +7,7 @@ from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.trace import decode
 from kvmgmem.trace.c_text import c_array, c_flags, c_number, initialiser, operand
+from kvmgmem.trace.prune import STATISTIC
 from kvmgmem.trace.steps import Step
 
 _PLAIN_CALLS = ("munmap", "mprotect", "madvise", "msync", "mlock", "munlock")
@@ -35,6 +36,8 @@ class Calls:
         arguments = step.arguments
         if step.call.startswith("KVM_"):
             return self._ioctl(step)
+        if step.call == STATISTIC:
+            return f'statistic({step.on}, "{arguments["name"]}")'
         if step.call == "mmap":
             address = pointer(arguments["address"]) if "address" in arguments else "NULL"
             return (

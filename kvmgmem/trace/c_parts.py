@@ -120,6 +120,75 @@ static void run(int vcpu, struct kvm_run *page, long wanted_answer, uint32_t wan
 	cannot_tell("the guest took another way");
 }""",
     ),
+    "directory": (
+        ("cannot_tell",),
+        """/* debugfs's directory of the VM in question, which is there for exactly as long as the VM. */
+static char *directory;
+
+static void note_directory(int vm)
+{
+	sprintf(directory, "/sys/kernel/debug/kvm/%ld-%d", syscall(SYS_gettid), vm);
+	if (access(directory, F_OK))
+		cannot_tell(directory);
+}
+
+/* Whether the VM lives. One that should be gone may take a moment. */
+static int lives(int wanted)
+{
+	int alive = 1;
+
+	for (int i = 0; i < 300 && alive; i++) {
+		alive = !access(directory, F_OK);
+		if (wanted)
+			break;
+		usleep(10000);
+	}
+	return alive;
+}""",
+    ),
+    "statistic": (
+        ("must",),
+        """/* One of KVM's statistics, of a VM or a vCPU (KVM_GET_STATS_FD). */
+static long statistic(int of, const char *name)
+{
+	struct {
+		uint32_t flags, name_size, count, id_at, descriptors_at, data_at;
+	} head;
+	struct {
+		uint32_t flags;
+		int16_t exponent;
+		uint16_t size;
+		uint32_t offset, bucket_size;
+		char name[256];
+	} about;
+	int fd = must(ioctl(of, KVM_GET_STATS_FD, 0), "KVM_GET_STATS_FD");
+	uint64_t value;
+
+	must(pread(fd, &head, sizeof(head), 0), "pread");
+	for (uint32_t i = 0, length = 16 + head.name_size; i < head.count && length < sizeof(about); i++) {
+		must(pread(fd, &about, length, head.descriptors_at + i * length), "pread");
+		about.name[head.name_size] = 0;
+		if (strcmp(about.name, name))
+			continue;
+		must(pread(fd, &value, sizeof(value), head.data_at + about.offset), "pread");
+		close(fd);
+		return value;
+	}
+	errno = 0;
+	cannot_tell(name);
+	return -1;
+}""",
+    ),
+    "must_stand": (
+        ("statistic",),
+        """static void must_stand(int of, const char *name, long wanted)
+{
+	if (statistic(of, name) == wanted)
+		return;
+	errno = 0;
+	cannot_tell(name);
+}""",
+    ),
     "touch": (
         (),
         """/* A signal in between is an answer here, not the end. */
@@ -413,6 +482,23 @@ ROUNDS: Final = """int main(void)
 	if (!status)
 		printf("OK: never seen in 20 s\\n");
 	return status;
+}"""
+
+OUTLIVES: Final = """int main(void)
+{
+	pid_t child;
+	int status;
+
+	signal(SIGALRM, too_long);
+	alarm(60);
+%DIRECTORY%
+	child = must(fork(), "fork");
+	if (!child)
+		exit(all_calls());
+	status = end_of(child);
+	if (status)
+		return status;
+%ASK%
 }"""
 
 MOMENTARY: Final = {"TASK_FILTER": "N", "PROBABILITY": "", "OPEN": "", "LASTS": "", "ARM": "", "DISARM": ""}

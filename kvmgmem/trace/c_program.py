@@ -35,9 +35,9 @@ from kvmgmem.trace.c_text import (
 from kvmgmem.trace.expectation import ONE_OF, Check, made
 from kvmgmem.trace.loops import stepped, with_loops
 from kvmgmem.trace.messages import channels, parent_of
-from kvmgmem.trace.prune import guest_addresses
+from kvmgmem.trace.prune import LOOK, STATISTIC, guest_addresses
 from kvmgmem.trace.races import happens_in, race_of
-from kvmgmem.trace.steps import Step, Trace, is_errno
+from kvmgmem.trace.steps import OUTLIVED, Step, Trace, is_errno
 
 MOST = 250
 """So many calls a reader may be shown."""
@@ -53,6 +53,8 @@ _REGISTER_VALUES = {
     f"cr4={CR4_PAE}": "PAE",
     f"efer={EFER_LONG}": "LME | LMA",
 }
+# Whoever makes the VM writes down where its directory is, and whoever looks there may be another process.
+_DIRECTORY = "\tdirectory = must_map(NULL, 64, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);"
 # In Linux 6.5 and later, and in no C library that is old enough to be everywhere.
 _NEW_NUMBERS = {"SYS_cachestat": 451}
 
@@ -96,6 +98,10 @@ class _Program:
         """Guest addresses of the programs that have been put into guest memory."""
         self.short = _short_call(steps, check.step)
         """The call during which memory is short."""
+        self.look = check.step.call == LOOK
+        """Whether the question is if a VM lives."""
+        self.outlives = check.step.id.startswith(OUTLIVED) and not self.short
+        """Whether that is asked when the processes that made the calls have ended, beyond what a round's own process is."""
         self.kvm = next((str(step.answer) for step in steps if step.call == "open" and step.on == ""), "kvm0")
         self.channels = {step: f"channel_{_c_name(child)}" for step, child in channels(steps).items()}
 
@@ -108,6 +114,9 @@ class _Program:
             raise CannotExpressError(f"memory that is short ({self.short.id}) among several processes")
         if self.several:
             self.helpers |= {"turn", "await_turn", "must_map", "must"}
+        if self.look and not self.check.step.on:
+            directory = self.check.step.arguments["directory"]
+            raise CannotExpressError(f"the life of a VM ({directory}) that the trace did not see made")
         for step in self.trace.steps:
             if step.call == "KVM_GET_SREGS":
                 self.sregs.setdefault(step.on, step.out)
@@ -136,6 +145,8 @@ class _Program:
                 notes += [f"{self._what()}: {here} gives {shown(self.check.seen)}; {wanted} is right.", ""]
         if bug:
             notes += [f"{bug.fix[:1].upper()}{bug.fix[1:]}.", ""]
+        if self.look and not self.short:
+            notes += ["It takes root and debugfs, where a VM has a directory for as long as it lives.", ""]
         if self.short:
             notes += ["It takes root, debugfs, and a kernel with CONFIG_FAULT_INJECTION_DEBUG_FS.", ""]
         notes += [
@@ -234,23 +245,51 @@ class _Program:
             lines = [f"static void {_c_name(process)}_does(void)", "{", *declared, "\tprctl(PR_SET_PDEATHSIG, SIGKILL);"]
             return "\n".join([*lines, *body.lines, "}"])
         if self.race:
-            self.helpers |= {"end_of", "must"}
-            once = ["static int one_round(void)", "{", *declared, *body.lines, "}"]
+            self.helpers |= {"end_of", "must", *(["must_map"] if self.look else [])}
+            start = [_DIRECTORY, ""] if self.look else []
+            once = ["static int one_round(void)", "{", *declared, *start, *body.lines, "}"]
             return "\n".join(once) + "\n\n" + c_parts.ROUNDS
+        if self.outlives:
+            return self._all_calls(declared, body)
         start = [f"\tsignal(SIGALRM, {'stuck' if 'stuck' in self.helpers else 'too_long'});", "\talarm(60);"]
         if self.short:
             self.helpers |= {"shortage", "end_of", "must"}
             start.append("\tprepare_shortage();")
-        if self.several:
-            start.append(
-                "\tturn = must_map(NULL, sizeof(*turn), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);"
-            )
-        for name in dict.fromkeys(self.channels.values()):
-            start.append(f'\tmust(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, {name}), "socketpair");')
+        if self.look:
+            self.helpers.add("must_map")
+            start.append(_DIRECTORY)
+        start += self._several_start()
         if self.short:
             once = ["static int one_round(int nth)", "{", *declared, *start, "", *body.lines, "}"]
             return "\n".join(once) + "\n\n" + c_parts.SHORT_ROUNDS
         return "\n".join(["int main(void)", "{", *declared, *start, "", *body.lines, "}"])
+
+    def _all_calls(self, declared: list[str], body: _Body) -> str:
+        """The calls in a process of their own, and main, which looks when that has ended."""
+        self.helpers |= {"end_of", "must", "must_map"}
+        start = self._several_start()
+        calls = [
+            "static int all_calls(void)",
+            "{",
+            *declared,
+            *start,
+            *([""] if start else []),
+            *body.lines,
+            "\treturn 0;",
+            "}",
+        ]
+        asked = "\n".join(f"\t{line}" for line in [*self._question(), f"return {self._asked_life()};"])
+        return "\n".join(calls) + "\n\n" + c_parts.OUTLIVES.replace("%DIRECTORY%", _DIRECTORY).replace("%ASK%", asked)
+
+    def _several_start(self) -> list[str]:
+        """What several processes need before they part."""
+        lines = []
+        if self.several:
+            shared = "PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0"
+            lines.append(f"\tturn = must_map(NULL, sizeof(*turn), {shared});")
+        for name in dict.fromkeys(self.channels.values()):
+            lines.append(f'\tmust(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, {name}), "socketpair");')
+        return lines
 
     # -- the steps
 
@@ -292,6 +331,7 @@ class _Program:
             if 0 <= step.end < self.check.step.start:
                 found.append((step.end, "end", step))
         if self.race:
+            self.outlives = False
             if self.several or self.short:
                 what = "among several processes" if self.several else "while memory is short"
                 raise CannotExpressError(f"a race ({self.race[0].id}) {what}")
@@ -354,6 +394,8 @@ class _Program:
             self._emit_race(body)
         elif kind == "judge":
             self._judge_race(body, step)
+        elif step is self.check.step and self.outlives:
+            self.helpers.add("verdict")
         elif step is self.check.step:
             self._emit_check(body, step)
         elif step is self.short:
@@ -390,7 +432,7 @@ class _Program:
             body.add(f'{name} = must(dup({step.on}), "dup");')
         elif step.call == "close":
             body.add(f"close({step.on});")
-        elif step.call == "mmap":
+        elif step.call == "mmap" and not step.failed:
             self._emit_mmap(body, step)
         elif step.call in ("store", "load", "fill", "first_other", "read_bytes"):
             body.add(*self._touch(step))
@@ -412,18 +454,28 @@ class _Program:
             vcpu = next((other.on for other in self.trace.steps if str(other.answer) == step.on), "")
             if vcpu in self.threads:
                 body.add("signal(SIGUSR1, on_kick);", f"kick(thread_{vcpu}, {step.on});")
+        elif step.call == STATISTIC:
+            self.helpers.add("must_stand")
+            body.add(f'must_stand({step.on}, "{arguments["name"]}", {c_number(step.answer)}); /* a control */')
         elif step.call == "exec":
             raise CannotExpressError(f"a program that was started in a fresh process ({step.id}) and what it did there")
         elif step.call in ("fork", "exit", "wait", "kill", "send", "receive"):
             self._emit_process(body, step)
         else:
-            call = self.calls.of(step)
-            if step.failed:
-                body.add(*wrapped(f"{call};"))
-                return
-            self.helpers.add("must")
-            target = f"{name} = " if made(step) else ""
-            body.add(*wrapped(f'{target}must({call}, "{label(step)}");'))
+            self._emit_call(body, step)
+
+    def _emit_call(self, body: _Body, step: Step) -> None:
+        """A call that has to answer as it did, if it did not fail."""
+        call, name = self.calls.of(step), str(step.answer)
+        if step.failed:
+            body.add(*wrapped(f"(void){call.removeprefix('(long)')};" if step.call == "mmap" else f"{call};"))
+            return
+        self.helpers.add("must")
+        target = f"{name} = " if made(step) else ""
+        body.add(*wrapped(f'{target}must({call}, "{label(step)}");'))
+        if self.look and name == self.check.step.on and made(step):
+            self.helpers.add("directory")
+            body.add(f"note_directory({name});")
 
     def _emit_short(self, body: _Body, step: Step) -> None:
         """The call during which memory is short; the round goes on if it then answers as it did."""
@@ -626,6 +678,10 @@ class _Program:
 
     def _what(self) -> str:
         step = self.check.step
+        if self.look:
+            return f"whether {step.on} lives"
+        if step.call == STATISTIC:
+            return f"the statistic {step.arguments['name']} of {step.on}"
         if self.check.aspect == "exit":
             return "KVM_RUN"
         if step.call == "KVM_GET_REGS":
@@ -659,6 +715,11 @@ class _Program:
             self._check_exit(body, step)
         elif check.aspect == "left":
             self._check_prefault(body, step)
+        elif self.look:
+            body.add(*self._return(self._asked_life(), step))
+        elif step.call == STATISTIC:
+            self.helpers.add("statistic")
+            body.add(*self._return(f'verdict("{what}", {self.calls.of(step)}, {c_wanted(check.wanted)})', step))
         elif step.call == "KVM_GET_REGS":
             self.helpers.add("must")
             body.declare("struct kvm_regs regs;")
@@ -693,6 +754,10 @@ class _Program:
             body.add(*wrapped(f"answer = answered({self.calls.of(step)});"))
             body.declare("long answer;")
             body.add(*self._return(f'verdict("{what}", {got}, {wanted})', step))
+
+    def _asked_life(self) -> str:
+        self.helpers.add("directory")
+        return f'verdict("{self._what()}", lives({int(self.check.wanted)}), {int(self.check.wanted)})'
 
     def _must_be_plain(self) -> None:
         """Raise `CannotExpressError` where several answers would be right, unless they are numbers and errnos."""

@@ -40,6 +40,12 @@ class TraceFile:
         os.close(self._fd)
 
 
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to a trace that is complete but for it."""
+    with path.open("ab") as file:
+        file.write(to_line(line))
+
+
 def to_line(line: dict[str, Any]) -> bytes:
     """One line of a trace, ASCII, with its newline."""
     return json.dumps(line, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"

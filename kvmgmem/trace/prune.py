@@ -4,7 +4,7 @@ Kept is what could matter, by what each call can change; what only asks, fails, 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +14,22 @@ from kvmgmem.trace.expectation import Check, made
 from kvmgmem.trace.steps import Step, Trace
 
 SET_REGION = ("KVM_SET_USER_MEMORY_REGION", "KVM_SET_USER_MEMORY_REGION2")
+LOOK = "lives"
+"""The call by which a trace tells that somebody looked whether a VM lives."""
+STATISTIC = "statistic"
+"""The call by which a trace tells that somebody read one of KVM's statistics."""
 TOUCHES = ("load", "store", "fill", "first_other", "read_bytes", "write_bytes")
 BETWEEN_PROCESSES = ("fork", "start", "exit", "wait", "kill", "send", "receive", "exec")
 
+# What is made of an object that matters matters, too: a mapping of a file, a copy of a descriptor, a vCPU of a VM.
+_THROUGH = ("mmap", "dup", "found", "KVM_CREATE_VCPU")
 _NAME = re.compile(r"[a-z]+\d+(_p[\d_]+)?")  # a handle or a range
 
 # What changes nothing by being asked.
 _QUESTIONS = frozenset({
     "KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_GET_VCPU_MMAP_SIZE", "KVM_GET_REGS", "KVM_GET_SREGS",
     "KVM_GET_SUPPORTED_CPUID", "KVM_TRANSLATE", "KVM_GET_MSRS", "KVM_GET_STATS_FD", "cachestat", "mincore", "kcmp",
-    "fstatfs", "get_mempolicy",
+    "fstatfs", "get_mempolicy", LOOK, STATISTIC,
 })  # fmt: skip
 # Their answers depend on slots, files and attributes alone: neither on what is in memory nor on what a guest did.
 _BOOKKEEPING = frozenset({
@@ -36,7 +42,10 @@ def needed_steps(trace: Trace, check: Check) -> list[Step]:
     """The steps that the check depends on, in order, the check's own last but for those that raced with it."""
     # What began while the check's call was under way raced with it.
     last = max(check.step.start, check.step.end)
-    candidates = [step for step in trace.steps if step is not check.step and step.start < last and _may_matter(step)]
+    before = [step for step in trace.steps if step is not check.step and step.start < last]
+    if check.step.call == LOOK:
+        return _without_idle_processes(trace, _holding(trace, before, check.step), check.step)
+    candidates = [step for step in before if _may_matter(step) or is_control(step, check)]
     candidates = _with_last_shortage(candidates, check.step)
     if check.aspect == "answer" and check.step.call in _BOOKKEEPING and not check.step.on.startswith("vcpu"):
         candidates = [step for step in candidates if not _is_guest_or_memory(step)]
@@ -49,10 +58,17 @@ def needed_steps(trace: Trace, check: Check) -> list[Step]:
 
 def all_steps(trace: Trace, check: Check) -> list[Step]:
     """Everything up to the check, but for accesses that raised a signal and looks that change nothing."""
-    left_out = ("cachestat", "mincore", "kcmp")
-    before = [step for step in trace.steps if step.start < check.step.start and step.call not in left_out]
+    left_out = ("cachestat", "mincore", "kcmp", LOOK, STATISTIC)
+    before = [step for step in trace.steps if step.start < check.step.start]
+    before = [step for step in before if step.call not in left_out or is_control(step, check)]
     before = _with_last_shortage(before, check.step)
     return [*(step for step in before if not (step.failed and step.call in TOUCHES)), check.step]
+
+
+def is_control(step: Step, check: Check) -> bool:
+    """Whether a statistic stood, earlier, where the check wants it: where it never does the question means nothing."""
+    same = (step.call, step.on, step.arguments.get("name")) == (STATISTIC, check.step.on, check.step.arguments.get("name"))
+    return same and step is not check.step and step.answer == check.wanted
 
 
 def _may_matter(step: Step) -> bool:
@@ -227,23 +243,36 @@ def guest_addresses(steps: Iterable[Step]) -> dict[str, int]:
 
 def _closure(trace: Trace, steps: list[Step], check: Step) -> list[Step]:
     """The steps on objects that the check names, on those that these were made of, or that were put into them."""
+    return _without_idle_objects(_concerned(trace, steps, check), check)
+
+
+def _concerned(trace: Trace, steps: list[Step], check: Step, through: Collection[str] = _THROUGH) -> list[Step]:
     mapped = {str(step.answer): step.on for step in trace.steps if step.call == "mmap" and made(step)}
     needed = references(check)
     while True:
-        kept = [step for step in steps if step is check or _concerns(step, needed, mapped)]
+        kept = [step for step in steps if step is check or _concerns(step, needed, mapped, through)]
         grown = needed.union(*(references(step) for step in kept), (str(step.answer) for step in kept if made(step)))
         if grown == needed:
-            return _without_idle_objects(kept, check)
+            return kept
         needed = grown
 
 
-def _concerns(step: Step, needed: set[str], mapped: Mapping[str, str]) -> bool:
+def _holding(trace: Trace, before: list[Step], look: Step) -> list[Step]:
+    """What a VM's life may depend on: all that took hold of it and let go again, were it a call that failed halfway.
+
+    Questions do not, but for those that make a descriptor.
+    """
+    candidates = [step for step in before if step.call not in _QUESTIONS or made(step)]
+    candidates = [step for step in candidates if not (step.failed and step.call in TOUCHES)]
+    everything = [*_without_unused_programs(_with_last_shortage(candidates, look)), look]
+    return _concerned(trace, everything, look, (*_THROUGH, "KVM_CREATE_GUEST_MEMFD", "KVM_GET_STATS_FD"))
+
+
+def _concerns(step: Step, needed: set[str], mapped: Mapping[str, str], through: Collection[str]) -> bool:
     if step.call in BETWEEN_PROCESSES:
         return True
     if made(step):
-        # A mapping of a file that matters, a copy of its descriptor and a vCPU of a VM that matters do so, too.
-        through = step.call in ("mmap", "dup", "found", "KVM_CREATE_VCPU") and bool(references(step) & needed)
-        return str(step.answer) in needed or through
+        return str(step.answer) in needed or (step.call in through and bool(references(step) & needed))
     if step.call in TOUCHES or (not step.on and "address" in step.arguments):
         region = str(step.arguments.get("address", "")).partition("+")[0]
         return region in needed or mapped.get(region, "") in needed - {""}

@@ -1,6 +1,6 @@
 """Recording selftests: one trace a test, and with it what the test wanted where it says so."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +13,9 @@ from kvmgmem.errors import KvmError
 from kvmgmem.memory import MemoryAccessError
 from kvmgmem.results.records import Circumstances, Trace
 from kvmgmem.results.stream import ResultStream
+from kvmgmem.testing.vm_directory import tell_denied
 from kvmgmem.trace.expectation import ONE_OF
-from kvmgmem.trace.file import TraceFile, name_for
+from kvmgmem.trace.file import TraceFile, append, name_for
 from kvmgmem.trace.recorder import Sink, recording
 
 THROUGH_RESULTS = "-"
@@ -44,6 +45,15 @@ class TracePlugin:
         file = TraceFile(path)
         self._open.callback(file.close)
         return file
+
+    def outlived(self, test: str, directories: Sequence[str]) -> None:
+        """VMs were still there when the test and its processes were not: the last line of its trace."""
+        line = {"trace": "outlived", "directories": list(directories)}
+        path = self.path_of(test)
+        if path is not None:
+            append(path, line)
+        elif self.stream is not None:
+            self.stream.write(Trace(test, line))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
@@ -83,5 +93,7 @@ class TracePlugin:
             entry.watcher.expect(error.answer, 0)
         elif isinstance(error, MemoryAccessError):
             entry.watcher.expect(error.fault, 0)
+        elif isinstance(error, AssertionError):
+            tell_denied(error)
         elif hasattr(error, "result"):  # GuestError, whose module only x86 has
             entry.watcher.expect(error.result, {"answer": 0, "exit": {"is": "IoExit"}})

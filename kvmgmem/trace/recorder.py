@@ -105,6 +105,8 @@ class Recorder:
         self._caller: Any = lib
         self._facts: dict[str, Any] = {}
         self._special = ""
+        self._looks: dict[str, str] = {}
+        """The last look at each VM's directory, by the key of its call."""
         os.register_at_fork(before=self._before_fork, after_in_parent=self._in_parent, after_in_child=self._in_child)
         self._write("begin", schema=SCHEMA, time=time.time(), circumstances=dict(circumstances), **header)
 
@@ -211,7 +213,12 @@ class Recorder:
             value = self._address(argument)
         key = self._call(name, str(self._fd(fd)), **({"argument": value} if argument else {}))
         answer = int(self._caller.kvmgmem_ioctl(fd, request, argument))
-        self._answer(key, self._made(name, answer))
+        made = self._made(name, answer)
+        out = {}
+        if name == "KVM_CREATE_VM" and answer >= 0:
+            # KVM names the VM's directory after task_pid_nr(current), which is the thread (kvm_create_vm_debugfs).
+            out = {"debugfs": f"{threading.get_native_id()}-{answer}"}
+        self._answer(key, made, **out)
         return Answered.by(key, answer)
 
     def kvmgmem_ioctl_ptr(self, fd: int, request: int, pointer: Any) -> int:
@@ -340,6 +347,24 @@ class Recorder:
         if peer:
             fields["pid"] = peer
         self._write("expected", process=self.process, at=time.monotonic_ns(), **fields, **({"bug": bug} if bug else {}))
+
+    def lives(self, directory: str, alive: bool) -> None:
+        """A look whether a VM lives: 1 if it does."""
+        key = self._call("lives", directory=directory)
+        self._looks[directory] = key
+        self._answer(key, int(alive))
+
+    def should_live(self, directory: str, wanted: bool) -> None:
+        """What a test wanted the last look to tell."""
+        if directory in self._looks:
+            told = {"seen": int(not wanted), "wanted": int(wanted), "of": [self._looks[directory]]}
+            self._write("expected", process=self.process, at=time.monotonic_ns(), **told)
+
+    def statistic(self, fd: int, name: str, value: int) -> int:
+        """A statistic of a VM or a vCPU by name."""
+        key = self._call("statistic", str(self._fd(fd)), name=name)
+        self._answer(key, value)
+        return Answered.by(key, value)
 
     # -- fork
 

@@ -9,22 +9,27 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from kvmgmem import entry
+from kvmgmem import entry, host
 from kvmgmem._native import ffi, lib
 from kvmgmem.entry import address_of
-from kvmgmem.errors import HarnessError
+from kvmgmem.errors import Errno, HarnessError, KvmError
 from kvmgmem.fail_nth import MemoryShortage, Shortage
+from kvmgmem.fd import OwnedFd
 from kvmgmem.memory import Mapping as HostMapping
 from kvmgmem.syscalls import NUMBER
+from kvmgmem.testing.stats import read_stat
 from kvmgmem.trace import decode, messages
 from kvmgmem.trace.recorder import recording
 from kvmgmem.trace.steps import Step, Trace
 
 RUN_SECONDS: Final = 20
+LOOK_SECONDS: Final = 2.0
+"""How long a VM may take to be gone."""
 _LOW: Final = 4 << 20
 # Facts of a kernel, not answers to what the trace did: they may differ.
 _FACTS: Final = ("KVM_CHECK_EXTENSION", "KVM_GET_VCPU_MMAP_SIZE", "KVM_GET_SUPPORTED_CPUID", "KVM_GET_MSRS")
@@ -149,6 +154,22 @@ def _made_kind(answer: Any) -> str:
     return match.group(1) if match else ""
 
 
+class _Held:
+    """A VM or a vCPU of the replay, as far as its statistics are concerned."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def stats_fd(self) -> OwnedFd:
+        answer = entry.ioctl(self._fd, lib.KVM_GET_STATS_FD)
+        if isinstance(answer, Errno):
+            raise KvmError("KVM_GET_STATS_FD", "", answer)
+        return OwnedFd(answer)
+
+
 class _Actor:
     """One process of the replay: what its handles and ranges are here, and how each call is made."""
 
@@ -171,6 +192,8 @@ class _Actor:
         self.runs_guests = any(step.call == "KVM_RUN" for step in trace.steps)
         self.workers: dict[str, tuple[threading.Thread, list[Any]]] = {}
         self.kept: list[Any] = []
+        self.directories: dict[str, str] = {}
+        """The debugfs directories of the VMs that this process has made."""
         self.passing = messages.channels(trace.steps)
         self.leaving = {step.process for step in trace.steps if step.call == "exit"}
         self.receives = [step for step in trace.steps if step.call == "receive"]
@@ -221,6 +244,8 @@ class _Actor:
             raise _UnrepeatableError("nothing answered")
         last = found[-1]
         self._register(step, last["answer"])
+        if "debugfs" in last.get("out", {}):
+            self.directories[str(step.answer)] = last["out"]["debugfs"]
         return last["answer"], last.get("out", {})
 
     def _register(self, step: Step, answer: Any) -> None:
@@ -278,6 +303,22 @@ class _Actor:
         else:
             raise _UnrepeatableError(f"a descriptor of {path}, which the trace did not see made")
         return (step.answer, {})
+
+    def _do_lives(self, step: Step) -> Any:
+        """A look at the VM's directory; one that was gone may take a moment here, too."""
+        if step.on not in self.directories:
+            raise _UnrepeatableError("another process made the VM")
+        directory = host.DEBUGFS / "kvm" / self.directories[step.on]
+        deadline = time.monotonic() + LOOK_SECONDS
+        while directory.is_dir() and not step.answer and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return int(directory.is_dir()), {}
+
+    def _do_statistic(self, step: Step) -> Any:
+        try:
+            return read_stat(_Held(self._fd(step.on)), str(step.arguments["name"])), {}
+        except (KvmError, KeyError) as error:
+            raise _UnrepeatableError(f"there is no such statistic here: {error}") from error
 
     def _do_dup(self, step: Step) -> None:
         fd = self._fd(step.on)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from kvmgmem.trace.recorder import SCHEMA
 
 Value = Any
 """What JSON holds."""
+OUTLIVED = "end."
+"""How the ids of looks begin that were taken when all processes of a test had ended."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,27 @@ def build(lines: list[dict[str, Value]], what: str = "the trace") -> Trace:
         for number, line in enumerate(lines)
         if line["trace"] == "call"
     ]
+    steps = [replace(step, on=_vm_of(step, steps)) if step.call == "lives" else step for step in steps]
     wanted = [_expectation(number, line, processes) for number, line in enumerate(lines) if line["trace"] == "expected"]
-    return Trace(lines[0], tuple(steps), tuple(wanted), lines[-1]["trace"] == "end", tuple(lines))
+    for number, line in enumerate(lines):
+        for directory in line["directories"] if line["trace"] == "outlived" else ():
+            look = _last_look(number, directory, steps)
+            steps.append(look)
+            wanted.append(Expectation(look.process, number, look.answer, 0, of=(look.id,)))
+    complete = any(line["trace"] == "end" for line in lines)
+    return Trace(lines[0], tuple(steps), tuple(wanted), complete, tuple(lines))
+
+
+def _vm_of(look: Step, steps: list[Step]) -> str:
+    """The VM whose directory a look was at: of those that had the name, the last."""
+    named = [step for step in steps if step.start < look.start and step.out.get("debugfs") == look.arguments["directory"]]
+    return str(named[-1].answer) if named else ""
+
+
+def _last_look(line: int, directory: str, steps: list[Step]) -> Step:
+    """What the runner saw when all processes of the test had ended, as a step of the test's."""
+    look = Step(f"{OUTLIVED}{directory}", "p0", "t0", "lives", "", {"directory": directory}, line, 0, answer=1, end=line)
+    return replace(look, on=_vm_of(look, steps))
 
 
 def _step(

@@ -81,6 +81,7 @@ def result(step: Step) -> str:
     out = {name: item for name, item in step.out.items() if name != "structure"}
     told = value(step.answer)
     exits = out.pop("exit", None)
+    out.pop("debugfs", None)
     short = out.pop("injected", 0)
     if exits is not None:
         told += f" {value(exits)}"

@@ -1,10 +1,11 @@
 """The model of the contract, the sequences made on it, and what a search does with what disagrees; no kernel is asked."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -13,14 +14,16 @@ from hypothesis import strategies as st
 from kvmgmem.abi import GmemFlag, MemFlag
 from kvmgmem.arch import x86_64
 from kvmgmem.errors import Errno
-from kvmgmem.model import rules
+from kvmgmem.kvm import Kvm
+from kvmgmem.model import rules, world
+from kvmgmem.model import search as searching
 from kvmgmem.model import steps as do
 from kvmgmem.model.answers import Answer, Left, MemoryFault, Mmio, Plain, Value
 from kvmgmem.model.campaign import Campaign, Found, fingerprint
 from kvmgmem.model.deviations import recognise
 from kvmgmem.model.generate import GPA, LARGE, seeded
 from kvmgmem.model.journal import FileJournal, NoteJournal, noted
-from kvmgmem.model.play import Journal, Played, Player
+from kvmgmem.model.play import Finding, Journal, Played, Player
 from kvmgmem.model.rules import Model, new_name
 from kvmgmem.model.shrink import Shrinker, renamed
 from kvmgmem.model.state import File
@@ -403,7 +406,10 @@ def signed_offsets(model: Model, step: Step) -> Answer | None:
 def a_player(fault: Fault | None) -> Callable[..., Played]:
     """Something to call in place of `play`."""
 
-    def play(steps: Sequence[Step], traits: KernelTraits, *, journal: Journal | None = None) -> Played:
+    def play(
+        steps: Sequence[Step], traits: KernelTraits, *, journal: Journal | None = None, patience: float = 1.0
+    ) -> Played:
+        assert patience == 1.0  # no fault is about a VM's life
         world: Any = Twin(traits, fault)
         return Player(steps, Model(traits), world, journal, prefetches=False).run()
 
@@ -589,6 +595,47 @@ def test_shrinking_begins_with_what_the_last_step_is_about() -> None:
     tried = []
     Shrinker(lambda candidate: not tried.append(candidate), 2, about="allocated pages of f").shrink([*steps, do.Look()])  # type: ignore[func-returns-value]
     assert tried[-1] == [made[0], made[2], do.Look()]
+
+
+@pytest.mark.parametrize("more", [0, 5])
+def test_a_vm_that_never_went_keeps_its_number(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+    """A second VM of its name would be nowhere in debugfs, and its own life be nobody's finding."""
+    free = os.dup(0)
+    os.close(free)
+    before = os.fstat(0)
+    monkeypatch.setattr(world, "_directories", lambda: {f"1-{free + more}", f"1-{free + 7}", "1-0"})
+    with world.World(cast("Kvm", None)):
+        null = Path(os.devnull).stat()
+        for number in (free + more, free + 7):
+            assert os.path.samestat(os.fstat(number), null)
+            assert not os.get_inheritable(number)
+        assert os.path.samestat(os.fstat(0), before)
+        if more:
+            assert not is_open(free)
+    assert not is_open(free + more)
+    assert not is_open(free + 7)
+    assert is_open(0)
+
+
+@pytest.mark.parametrize(("what", "hasty"), [("lifetime of v0", True), ("answer", False)])
+def test_a_life_without_end_is_shrunk_in_haste(monkeypatch: pytest.MonkeyPatch, what: str, hasty: bool) -> None:
+    """What is left out is tried without waiting long for a VM that stays; what is told was given all its time."""
+    steps: list[Step] = [do.CreateVm("v0"), do.CreateVm("v1"), do.Close("v0")]
+    patiences: list[float] = []
+
+    def fake_play(tried: Sequence[Step], _: KernelTraits, patience: float = 1.0) -> Played:
+        patiences.append(patience)
+        finding = Finding(len(tried) - 1, tried[-1], what, "gone", "alive", "a sort") if len(tried) > 1 else None
+        return Played(tried, dict.fromkeys(range(len(tried)), Plain.OK), finding=finding)
+
+    monkeypatch.setattr(searching, "play", fake_play)
+    found = fake_play(steps, REFERENCE).finding
+    assert found is not None
+    patiences.clear()
+    small = searching.shrink(Played(steps, finding=found), found, REFERENCE)
+    assert len(small.steps) == 2
+    assert patiences[-2:] == [1.0, 1.0]
+    assert set(patiences[:-2]) == {searching.HASTE if hasty else 1.0}
 
 
 def test_shrinking_ends(monkeypatch: pytest.MonkeyPatch) -> None:

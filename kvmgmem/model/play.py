@@ -26,6 +26,7 @@ Journal = Callable[[int, Step], None]
 """Called with each step and its number before the step is made."""
 
 GONE_LIMIT = 2.0
+"""Seconds that a VM may take to be gone, scaled under emulation."""
 WARM_PAGES = 4
 """Pages that a guest has touched, which it reads again after each step that could change them."""
 
@@ -94,10 +95,15 @@ def play(
     *,
     journal: Journal | None = None,
     prefetches: bool | None = None,
+    patience: float = 1.0,
 ) -> Played:
-    """Play a sequence from nothing to the end, when everything is closed. Raises `HarnessError` if it cannot."""
+    """Play a sequence from nothing to the end, when everything is closed. Raises `HarnessError` if it cannot.
+
+    `patience` is how much of GONE_LIMIT a VM has.
+    """
     with Kvm.open() as kvm, World(kvm) as world:
         player = Player(steps, Model(traits), world, journal, _prefetches() if prefetches is None else prefetches)
+        player.gone_limit = patience * GONE_LIMIT * TIME_SCALE
         return player.run()
 
 
@@ -108,6 +114,7 @@ class Player:
         self.model = model
         self.world = world
         self.played = Played(steps)
+        self.gone_limit = GONE_LIMIT * TIME_SCALE
         self._journal = journal
         self._prefetches = prefetches
         self._warm: dict[str, list[int]] = {}
@@ -262,7 +269,7 @@ class Player:
                 self._await_end(vm)
 
     def _await_end(self, vm: str) -> None:
-        deadline = time.monotonic() + GONE_LIMIT * TIME_SCALE
+        deadline = time.monotonic() + self.gone_limit
         while self.world.lives(vm):
             if time.monotonic() > deadline:
                 self._tell_life(vm, alive=True)

@@ -49,6 +49,8 @@ class World:
         """debugfs names of VMs by the name they were created under."""
         self._older = _directories()
         """Those of VMs that were there before: none of this sequence's."""
+        self._taken = _take_numbers(self._older)
+        """Descriptors in the way of VMs that would be called as one that never went, and be nowhere in debugfs."""
         self._acts: dict[type[Step], Callable[[Any], Answer]] = {
             do.CreateVm: self._create_vm,
             do.CreateGmem: self._create_gmem,
@@ -89,6 +91,8 @@ class World:
             fd.close()
         for machine in self._machines.values():
             machine.close()
+        for number in self._taken:
+            os.close(number)
         for area in self._areas.values():
             area._mapped = False  # part of the arena
         syscalls.munmap(ARENA, ARENA_END - ARENA)
@@ -353,6 +357,20 @@ def _directories() -> set[str]:
         return {name for name in os.listdir(DEBUGFS / "kvm") if name.startswith(f"{threading.get_native_id()}-")}
     except OSError:
         return set()
+
+
+def _take_numbers(directories: set[str]) -> list[int]:
+    """Open something under each number that these VMs had and that is free; the numbers."""
+    free = [number for number in (int(name.partition("-")[2]) for name in directories) if not is_open(number)]
+    if not free:
+        return []
+    nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    for number in free:
+        if number != nothing:
+            os.dup2(nothing, number, inheritable=False)
+    if nothing not in free:
+        os.close(nothing)
+    return free
 
 
 def _exists(directory: str) -> bool:

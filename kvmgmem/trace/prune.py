@@ -241,6 +241,14 @@ def guest_addresses(steps: Iterable[Step]) -> dict[str, int]:
 # -- objects
 
 
+def _is_mere_look(step: Step, files: Collection[str]) -> bool:
+    """Whether an access raised a signal, or only read memory that is no file's: nobody's life depends on it."""
+    if step.call not in TOUCHES:
+        return False
+    looks = step.call in ("load", "first_other", "read_bytes")
+    return step.failed or (looks and str(step.arguments.get("address", "")).partition("+")[0] not in files)
+
+
 def _closure(trace: Trace, steps: list[Step], check: Step) -> list[Step]:
     """The steps on objects that the check names, on those that these were made of, or that were put into them."""
     return _without_idle_objects(_concerned(trace, steps, check), check)
@@ -262,8 +270,9 @@ def _holding(trace: Trace, before: list[Step], look: Step) -> list[Step]:
 
     Questions do not, but for those that make a descriptor.
     """
+    files = {str(step.answer) for step in before if step.call == "mmap" and step.on}
     candidates = [step for step in before if step.call not in _QUESTIONS or made(step)]
-    candidates = [step for step in candidates if not (step.failed and step.call in TOUCHES)]
+    candidates = [step for step in candidates if not _is_mere_look(step, files)]
     everything = [*_without_unused_programs(_with_last_shortage(candidates, look)), look]
     return _concerned(trace, everything, look, (*_THROUGH, "KVM_CREATE_GUEST_MEMFD", "KVM_GET_STATS_FD"))
 

@@ -300,7 +300,7 @@ static void kick(pthread_t thread, struct kvm_run *page)
 	pthread_kill(thread, SIGUSR1);
 }""",
     ),
-    "verdict": (
+    "text": (
         (),
         """static const char *text(long long value, char *room)
 {
@@ -308,9 +308,11 @@ static void kick(pthread_t thread, struct kvm_run *page)
 		return strerror(-value);
 	sprintf(room, "%#llx", value);
 	return room;
-}
-
-static int verdict(const char *what, long long got, long long wanted)
+}""",
+    ),
+    "verdict": (
+        ("text",),
+        """static int verdict(const char *what, long long got, long long wanted)
 {
 	char ours[24], theirs[24];
 
@@ -319,16 +321,8 @@ static int verdict(const char *what, long long got, long long wanted)
 }""",
     ),
     "verdict_of_round": (
-        (),
-        """static const char *text(long long value, char *room)
-{
-	if (value < 0 && value > -4096)
-		return strerror(-value);
-	sprintf(room, "%#llx", value);
-	return room;
-}
-
-/* Rounds that go well say nothing. */
+        ("text",),
+        """/* Rounds that go well say nothing. */
 static int verdict(const char *what, long long got, long long wanted)
 {
 	char ours[24], theirs[24];

@@ -1,31 +1,26 @@
 """The C program: the steps that a check depends on, as a maintainer would have written them by hand."""
 
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvmgmem._native import ffi, lib
+from kvmgmem._native import ffi
 from kvmgmem.arch.x86_64 import CR0_LONG, CR4_PAE, EFER_LONG, TSS_IO_MAP, identity_tables, programs
-from kvmgmem.catalogue import known_bugs
 from kvmgmem.trace import c_parts, decode
 from kvmgmem.trace.c_calls import Calls, CannotExpressError, pointer
+from kvmgmem.trace.c_frame import definitions, head
 from kvmgmem.trace.c_text import (
-    WIDTH,
     c_answer,
     c_array,
     c_comment,
     c_flags,
     c_number,
     c_wanted,
-    constant,
-    constant_order,
     exit_reason,
     includes,
     initialiser,
     label,
-    members,
     operand,
     run_wanted,
     shown,
@@ -55,8 +50,6 @@ _REGISTER_VALUES = {
 }
 # Whoever makes the VM writes down where its directory is, and whoever looks there may be another process.
 _DIRECTORY = "\tdirectory = must_map(NULL, 64, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);"
-# In Linux 6.5 and later, and in no C library that is old enough to be everywhere.
-_NEW_NUMBERS = {"SYS_cachestat": 451}
 
 
 def c_program(trace: Trace, check: Check, steps: Sequence[Step]) -> str:
@@ -82,7 +75,6 @@ class _Program:
     def __init__(self, trace: Trace, check: Check, steps: list[Step]) -> None:
         self.trace, self.check, self.steps = trace, check, steps
         self.helpers: set[str] = set()
-        self.structures: dict[str, str] = {}
         self.data: dict[str, str] = {}
         self.calls = Calls(self.data)
         self.threads: dict[str, str] = {}
@@ -125,67 +117,15 @@ class _Program:
         code = [*self._helper_texts(), self._statics("\n".join([*self.threads.values(), *self.racers, *functions]))]
         code += [*self.data.values(), *self.threads.values(), *self.racers, *functions]
         everything = "\n\n".join(part for part in code if part)
-        parts = [self._head(), includes(everything), self._definitions(everything), everything]
+        above = head(self.trace, self.check, self._what(), self._needs())
+        parts = [above, includes(everything), definitions(everything), everything]
         return re.sub(r"\n{3,}", "\n\n", "\n\n".join(parts)) + "\n"
 
-    def _head(self) -> str:
-        header = self.trace.header
-        found = header.get("circumstances", {})
-        bug = known_bugs.load().get(self.check.bug)
-        title = bug.title if bug else f"{self._what()}: {shown(self.check.seen)}, wanted {shown(self.check.wanted)}"
-        notes = [title, ""]
-        if header.get("rule"):
-            notes += [f"What must hold: {header['rule']}", ""]
-        if self.check.seen is not None:
-            here = f"Linux {found.get('release', '?')} ({found.get('backend', '?')}, {found.get('paging', '?')} paging)"
-            if self.check.seen == self.check.wanted:
-                notes += [f"{self._what()}: {here} gives {shown(self.check.seen)}, as it should.", ""]
-            else:
-                wanted = shown(self.check.wanted)
-                notes += [f"{self._what()}: {here} gives {shown(self.check.seen)}; {wanted} is right.", ""]
-        if bug:
-            notes += [f"{bug.fix[:1].upper()}{bug.fix[1:]}.", ""]
-        if self.look and not self.short:
-            notes += ["It takes root and debugfs, where a VM has a directory for as long as it lives.", ""]
+    def _needs(self) -> list[str]:
+        """What it takes to ask the question, beside KVM."""
         if self.short:
-            notes += ["It takes root, debugfs, and a kernel with CONFIG_FAULT_INJECTION_DEBUG_FS.", ""]
-        notes += [
-            "Exit status: 0 the kernel behaves, 1 it shows the bug, 4 it cannot tell (skip).",
-            "Build: cc -Wall -Wextra -Werror -static -o bug bug.c",
-        ]
-        if header.get("test"):
-            notes += [f"Recorded by kvmgmem from {header['test']}."]
-        lines = [line for note in notes for line in (textwrap.wrap(note, WIDTH - 3) or [""])]
-        return "// SPDX-License-Identifier: GPL-2.0\n/*\n" + "\n".join(f" * {line}".rstrip() for line in lines) + "\n */"
-
-    def _definitions(self, everything: str) -> str:
-        for name in re.findall(r"struct (kvm_\w+)", everything):
-            self._structure(name)
-        words = set(re.findall(r"\b(?:KVM|GUEST)_[A-Z0-9_]+\b", everything))
-        constants = [(getattr(lib, name), name) for name in words if hasattr(lib, name)]
-        width = max((len(name) for _, name in constants), default=0) + 1
-        lines = [f"#define {name:{width}}{constant(value)}" for value, name in sorted(constants, key=constant_order)]
-        lines += [f"#ifndef {name}\n#define {name} {value}\n#endif" for name, value in self._newer(everything)]
-        heading = "/* What is used here of <linux/kvm.h>, which may be older than the kernel. */"
-        return "\n\n".join([heading + "\n" + "\n".join(lines), *self.structures.values()])
-
-    @staticmethod
-    def _newer(text: str) -> list[tuple[str, int]]:
-        found = [(name, value) for name, value in _NEW_NUMBERS.items() if name in text]
-        return found + [(name, decode.number(name)) for name in sorted(set(re.findall(r"\bMADV_[A-Z_]+\b", text)))]
-
-    def _structure(self, name: str) -> None:
-        if name in self.structures:
-            return
-        if name == "kvm_run":
-            self.structures[name] = c_parts.KVM_RUN_PAGE
-            return
-        kind = ffi.typeof(f"struct {name}")
-        for _, field_ in kind.fields:
-            inner = field_.type.item if field_.type.kind == "array" else field_.type
-            if inner.kind == "struct" and re.fullmatch(r"struct kvm_\w+", inner.cname):
-                self._structure(inner.cname.removeprefix("struct "))
-        self.structures[name] = f"struct {name} {{\n{members(kind, 1)}}};"
+            return ["It takes root, debugfs, and a kernel with CONFIG_FAULT_INJECTION_DEBUG_FS."]
+        return ["It takes root and debugfs, where a VM has a directory for as long as it lives."] if self.look else []
 
     def _helper_texts(self) -> list[str]:
         needed: set[str] = set()

@@ -472,6 +472,38 @@ def test_a_guest_that_goes_through_pages_does_so_in_a_loop(record: Any) -> None:
     assert "rdi < 0x40005000;" in path.with_name("bug.c").read_text()
 
 
+@needs_cc
+@pytest.mark.parametrize(
+    ("stride", "rise", "text"),
+    [
+        (PAGE_SIZE, 0, "0x300;"),
+        (PAGE_SIZE, 1, "0x300 + at / 0x1000;"),
+        (PAGE_SIZE, -1, "0x300 - at / 0x1000;"),
+        (8, 16, "0x300 + 0x10 * (at / 8);"),
+    ],
+)
+def test_stores_in_a_row_become_a_loop(record: Any, stride: int, rise: int, text: str) -> None:
+    """Hundreds of stores are a line of C: with the values that they had, and only as far as they go in even steps."""
+
+    def action(recorder: Any) -> None:
+        with Mapping.anonymous(MiB) as memory:
+            memory.store(STAMP, MiB // 2)
+            for page in range(100):
+                memory.store(0x300 + rise * page, 16 + stride * page)
+            memory.store(STAMP, 16 + stride * 101)
+            for page in (0, 1, 57, 99):
+                assert memory.load(16 + stride * page) == 0x300 + rise * page
+            assert memory.load(16 + stride * 100) == 0
+            recorder.expect(memory.load(16 + stride * 99), 0x300 + rise * 99)
+
+    path = record(action)
+    assert run_program(path).returncode == 0
+    program = path.with_name("bug.c").read_text()
+    assert program.count("for (uint64_t at = 0; ") == 1
+    assert f"*(volatile uint64_t *)(mem0 + 0x10 + at) = {text}" in program
+    assert program.count(hex(STAMP)) == 2
+
+
 def test_where_a_prefault_stopped_is_part_of_the_check(tmp_path: Path) -> None:
     """A prefault may answer what it should and stop elsewhere: the program looks at what the kernel wrote back, too."""
     asked = {"structure": "kvm_pre_fault_memory", "gpa": GiB, "size": 2 * PAGE_SIZE}

@@ -28,7 +28,7 @@ from kvmgmem.trace.c_text import (
     wrapped,
 )
 from kvmgmem.trace.expectation import ONE_OF, Check, made
-from kvmgmem.trace.loops import stepped, with_loops
+from kvmgmem.trace.loops import rise, stepped, with_loops
 from kvmgmem.trace.messages import channels, parent_of
 from kvmgmem.trace.prune import LOOK, STATISTIC, guest_addresses
 from kvmgmem.trace.races import happens_in, race_of
@@ -238,13 +238,18 @@ class _Program:
         hangs = self.check.step.answer is None or bool(self.check.step.out.get("expired"))
         self.helpers.add("stuck" if hangs else "too_long")
         current, number = "p0", 0
-        for kind, step, more in with_loops(self._moments(), self.check.step):
+        told = list(with_loops(self._moments(), self.check.step))
+        if len(told) > MOST:
+            raise CannotExpressError(f"{len(told)} calls matter, which nobody would read")
+        for kind, step, more in told:
             if step.process != current:
                 self._body(current).add(f"*turn = {number + 1};")
                 number += 1
                 current = step.process
                 self._body(current).add("", f"await_turn({number});")
-            if more:
+            if more and step.call == "store":
+                self._body(current).add(*self._stores(step, more))
+            elif more:
                 self._emit_loop(self._body(current), step, more)
             else:
                 self._emit(kind, step)
@@ -278,8 +283,6 @@ class _Program:
             found.append((self.race[0].start, "race", self.race[0]))
             if self.check.step in self.race:
                 found.append((self.race[-1].start, "judge", self.check.step))
-        if len(found) > MOST:
-            raise CannotExpressError(f"{len(found)} calls matter, which nobody would read")
         return [(kind, step) for _, kind, step in sorted(found, key=lambda item: item[0])]
 
     def _emit_race(self, body: _Body) -> None:
@@ -549,6 +552,21 @@ class _Program:
         inner.add(*call)
         self._emit_run(inner, runs[0])
         body.add(*inner.lines, "}")
+
+    @staticmethod
+    def _stores(first: Step, more: Sequence[Step]) -> list[str]:
+        """Stores in a row, in even steps."""
+        stride, more_each = rise(first, more[0])
+        value = c_number(first.arguments["value"])
+        if more_each:
+            each = f"at / {c_number(stride)}" if abs(more_each) == 1 else f"{abs(more_each):#x} * (at / {c_number(stride)})"
+            value += f" {'+' if more_each > 0 else '-'} {each}"
+        bits = 8 * int(first.arguments["width"])
+        end = c_number((len(more) + 1) * stride)
+        return [
+            f"for (uint64_t at = 0; at < {end}; at += {c_number(stride)})",
+            f"\t*(volatile uint{bits}_t *)({pointer(first.arguments['address'])} + at) = {value};",
+        ]
 
     def _emit_sregs(self, body: _Body, step: Step) -> None:
         self.helpers.add("must")

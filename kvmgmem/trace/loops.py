@@ -1,4 +1,4 @@
-"""Runs of a guest program that a C program can make in a loop: the same again and again, but for a step in one register."""
+"""What a C program can do in a loop: runs of a guest that differ by a step in one register, and stores in a row."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -7,12 +7,13 @@ from kvmgmem.trace.steps import Step
 
 LEAST = 3
 """So many rounds are worth a loop."""
+LEAST_STORES = 5
 
 Moment = tuple[str, Step]
 
 
 def with_loops(moments: Sequence[Moment], check: Step) -> Iterator[tuple[str, Step, list[Step]]]:
-    """The moments with what follows each in a loop: a KVM_SET_REGS, and the runs and settings after it; else [].
+    """The moments with what follows each in a loop: a KVM_SET_REGS, and the runs and settings after it, or stores; else [].
 
     The page that is shared with a vCPU is mapped before its registers are set, not between that and the run.
     """
@@ -20,7 +21,9 @@ def with_loops(moments: Sequence[Moment], check: Step) -> Iterator[tuple[str, St
     at = 0
     while at < len(rest):
         found = _rounds(rest[at:], check)
-        if len(found) >= 2 * LEAST:
+        row = _row(rest[at:], check)
+        if len(found) >= 2 * LEAST or len(row) >= LEAST_STORES:
+            found = found if len(found) >= 2 * LEAST else row
             yield "do", found[0], found[1:]
             at += len(found)
         else:
@@ -74,3 +77,34 @@ def stepped(steps: Sequence[Step]) -> tuple[str, int, int]:
     values = [int(setting.get(moving[0], 0)) for setting in settings]
     strides = {b - a for a, b in pairwise(values)}
     return (moving[0], values[0], strides.pop()) if len(strides) == 1 and min(strides) > 0 else ("", 0, 0)
+
+
+def _row(moments: Sequence[Moment], check: Step) -> list[Step]:
+    """The stores that begin here and go through one range in even steps, with values that do so, too."""
+    found: list[Step] = []
+    for kind, step in moments:
+        plain = step.call == "store" and step is not check and step.answer == 0 and not step.fail_nth
+        if (kind, plain) != ("do", True) or not _goes_on([*found, step]):
+            break
+        found.append(step)
+    return found
+
+
+def _goes_on(row: Sequence[Step]) -> bool:
+    if len(row) == 1:
+        return isinstance(row[0].arguments["address"], str)
+    first, last = row[0], row[-1]
+    alike = (first.process, first.thread, first.arguments["width"]) == (last.process, last.thread, last.arguments["width"])
+    between = rise(row[-2], last)
+    return alike and _place(first)[0] == _place(last)[0] and between[0] > 0 and between == rise(*row[:2])
+
+
+def _place(store: Step) -> tuple[str, int]:
+    region, _, offset = str(store.arguments["address"]).partition("+")
+    return region, int(offset or "0", 0)
+
+
+def rise(store: Step, following: Step) -> tuple[int, int]:
+    """By how much the place and the value of a store differ from those of the one before it."""
+    values = int(following.arguments["value"]) - int(store.arguments["value"])
+    return _place(following)[1] - _place(store)[1], values

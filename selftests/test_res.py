@@ -20,7 +20,7 @@ from kvmgmem.host import Host
 from kvmgmem.memory import Mapping, MemoryRegion
 from kvmgmem.numa import Mode, Policy
 from kvmgmem.processes import Channel, ChildProcess, in_child
-from kvmgmem.testing import contract, disruptive, gmem_kinds, requires, vm_types, wait_until
+from kvmgmem.testing import contract, disruptive, gmem_kinds, makes_gmem, requires, vm_types, wait_until
 from kvmgmem.testing.fixtures import GPA, Running
 from kvmgmem.testing.meminfo import meminfo
 from kvmgmem.testing.memory_cgroup import MemoryCgroup
@@ -422,7 +422,7 @@ def test_slot_metadata_is_charged_to_the_caller(host: Host, vm: Vm) -> None:
 @contract("GM-RES-012", "GM-BIND-026", "C19")
 @requires("memcg", "root", "x86")
 @vm_types("default")
-@gmem_kinds("g0")
+@makes_gmem()
 def test_a_refused_bind_keeps_no_tables(host: Host, vm: Vm) -> None:
     """A bind that fails because the pages of the file are bound already gives the tables of its slot back."""
     attempts = 32

@@ -209,3 +209,11 @@ def test_insisting_on_kvm_in_vain_is_one_line_and_costs_nothing(
     assert main(["vm", "--accel=kvm", "--source=/a/tree"]) == ExitCode.HARNESS
     told = capsys.readouterr().err.splitlines()
     assert told == ["kvmgmem: error: KVM cannot accelerate the guest: the moon is full", "  hint: use --accel tcg"]
+
+
+def test_what_is_no_path_reaches_the_guests_runner_as_it_is() -> None:
+    """An expression for -k, be it longer than a file's name may be (ENAMETOOLONG)."""
+    selftests = Path(__file__).parent.parent / "selftests"
+    expression = " or ".join(["test_a_name"] * 40)
+    assert [vm_cli._as_in_guest(word, selftests) for word in ("-k", expression)] == ["-k", expression]
+    assert vm_cli._as_in_guest(f"{selftests}/test_cre.py::test_x", selftests) == "selftests/test_cre.py::test_x"

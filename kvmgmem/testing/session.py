@@ -185,9 +185,9 @@ class Session:
         if judged.verdict is Verdict.SKIPPED:
             self._skips[judged.reason] = self._skips.get(judged.reason, 0) + 1
         faulty = judged.verdict.severity >= Verdict.FAILED.severity and judged.verdict is not Verdict.ERROR
-        # What is no Python makes its calls where nothing of ours can record them.
         if judged.outlived:
             self.tell_outlived(item.nodeid, judged.outlived)
+        # What is no Python makes its calls where nothing of ours can record them.
         if faulty and isinstance(item, pytest.Function):
             judged.detail = offer(judged.detail, _repeat_template(), item.nodeid, self.trace_of(item.nodeid))
         self.write(

@@ -145,9 +145,9 @@ def test_ctrl_c_keeps_the_records_and_ends_what_was_started(tmp_path: Path) -> N
         f"def test_slow(kvm):\n    Path({str(pid_file)!r}).write_text(str(os.getpid()))\n    time.sleep(60)\n"
     )
     results = tmp_path / "results.jsonl"
-    process = subprocess.Popen(
-        [*COMMAND, "run", f"--results={results}", "--", str(test)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # A shell's background job ignores Ctrl-C, and so would what these tests start in one.
+    command = ["env", "--default-signal=INT", *COMMAND, "run", f"--results={results}", "--", str(test)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text()):
         assert time.monotonic() < deadline, "the slow test never started"

@@ -203,12 +203,12 @@ def test_a_hole_is_there_when_the_punch_returns(running: Running) -> None:
     """A vCPU that reads a page over and over finds zeros there as soon as the punch has returned, not a moment later.
 
     Until then it may use what its processor remembers of the page tables, which every way out of the guest makes it forget:
-    hence some rounds.
+    hence some rounds, and a page that the host has not touched, for to take that from the host would interrupt the vCPU.
     """
     flag, told = PAGE_SIZE, PAGE_SIZE + 8
     with running.gmem.map() as host:
         for _ in range(ROUNDS):
-            host.store(STAMP, 0)
+            running.cpu.store(GPA, STAMP)
             host.store(0, flag)
             host.store(0, told)
             running.cpu.start("load_when", rdi=GPA, rsi=GPA + flag)

@@ -365,10 +365,13 @@ def test_policies_go_with_their_files(vm: Vm) -> None:
     """The policy of a file is given back after the file is gone, also where pages were allocated by it."""
     policy = Policy.of(Mode.BIND, numa.memory_nodes()[0])
     before = objects_in_use("numa_policy")
-    for _ in range(GMEMS):
-        with vm.create_guest_memfd(PAGE_SIZE, GmemFlag.MMAP) as gmem, gmem.map() as host:
-            assert numa.mbind(host.address, host.length, policy) == OK
+    with ExitStack() as files:
+        for _ in range(GMEMS):
+            gmem = files.enter_context(vm.create_guest_memfd(PAGE_SIZE, GmemFlag.MMAP))
+            with gmem.map() as host:
+                assert numa.mbind(host.address, host.length, policy) == OK
             gmem.allocate()
+        assert objects_in_use("numa_policy") >= before + GMEMS  # the control: each file has one
     wait_until(lambda: objects_in_use("numa_policy") < before + GMEMS // 4, "the policies are given back")
 
 

@@ -20,6 +20,7 @@ from kvmgmem.mutate.build import Built
 from kvmgmem.mutate.campaign import Campaign, Plan
 from kvmgmem.mutate.catalogue import Mutant
 from kvmgmem.mutate.guest import Guest, Trial
+from kvmgmem.mutate.idle import Answers, Duties, IdleTests
 from kvmgmem.mutate.judge import Fate
 from kvmgmem.mutate.modules import Kernel
 from kvmgmem.mutate.scheduler import load_distributed
@@ -197,13 +198,13 @@ def test_the_kernels_own_tests_are_asked_about_what_is_known(lab: Lab) -> None:
     lab.campaign(depth="first").run(mutants)
     asked: list[str] = []
 
-    def theirs(kernel: Kernel, records: Path) -> str:
+    def theirs(about: Mutant, result: Result, kernel: Kernel, records: Path) -> Result:
         asked.append(kernel.image.read_text())
-        return "survived"
+        return replace(result, kselftest="survived")
 
     runs = len(lab.runs)
     again = lab.campaign(depth="first")
-    again.kernel_tests = theirs
+    again.besides = theirs
     digests = {name: result.digest for name, result in lab.state.results.items()}
     left = lab.state.left(mutants, digests, "first", kselftest=True)
     assert left == mutants[:1]
@@ -212,6 +213,34 @@ def test_the_kernels_own_tests_are_asked_about_what_is_known(lab: Lab) -> None:
     assert lab.fate("m") == (Fate.KILLED, FIRST, "first")
     assert lab.state.results["m"].kselftest == "survived"
     assert len(lab.runs) == runs
+
+
+def test_idle_tests_are_asked_by_themselves(lab: Lab) -> None:
+    """Those of the areas that the mutant breaks, until one made them fail; also behind a test that has failed."""
+    (lab.plan.selftests / "test_cre.py").write_text(
+        "".join(f'@contract("GM-CRE-001")\ndef {test.rpartition("::")[2]}(): ...\n' for test in (FIRST, SECOND))
+    )
+    (lab.plan.selftests / "test_z.py").write_text('@contract("GM-FAL-001")\ndef test_z(): ...\ndef test_no_row(): ...\n')
+    lab.notices.update({"a == 7": FIRST, "a == 8": FIRST})
+    mutants = [mutant("m"), mutant("n", put="a == 8")]
+    lab.campaign(depth="first").run(mutants)
+    lab.runs.clear()
+
+    def ask(notices: dict[str, str]) -> list[str]:
+        lab.notices = notices
+        campaign = lab.campaign(depth="first")
+        campaign.besides = idle = IdleTests(campaign, Duties.of(lab.plan.selftests), Answers.read(path))
+        left = idle.prepare(mutants)
+        campaign.run(left)
+        return [mutant.id for mutant in left]
+
+    path = lab.state.path.with_name("idle-tests.jsonl")
+    assert ask({"a == 8": SECOND}) == ["m", "n"]
+    # The unmutated kernel, then both mutants. FIRST has noticed some; test_z is alone with its row.
+    assert lab.runs == [(SECOND,)] * 3
+    assert Answers.read(path).noticed == {SECOND: {"n": "answered 7"}}
+    assert ask({}) == []
+    assert lab.fate("n") == (Fate.KILLED, FIRST, "first")
 
 
 def test_what_fails_without_a_mutant_is_left_out(lab: Lab) -> None:

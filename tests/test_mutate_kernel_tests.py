@@ -59,7 +59,7 @@ class Lab:
         return KernelTests(origin, self.folder, guest, Kernel(self.folder / "base"), key, Progress("mutants"))
 
     def ask(self, tests: KernelTests, image: str) -> str:
-        return tests(Kernel(self.folder / image), self.folder / "records.jsonl")
+        return tests.answer(Kernel(self.folder / image), self.folder / "records.jsonl")
 
 
 @pytest.fixture

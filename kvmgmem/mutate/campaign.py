@@ -52,8 +52,9 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 12.0
 """What make may take to end when it is told to."""
 
-KernelTests = Callable[[Kernel, Path], str]
-"""What --with-kselftest asks besides: given a mutant's kernel and a file for the records, what noticed, or "survived"."""
+Question = Callable[[Mutant, Result, Kernel, Path], Result]
+"""What is asked besides the selftests' own rounds: given a mutant with what these made of it, its kernel, and a file for the
+records, the result as it is then known."""
 
 SAME_CODE = "the compiler makes the same machine code of it"
 
@@ -83,7 +84,7 @@ class Campaign:
     plan: Plan
     state: State
     progress: Progress
-    kernel_tests: KernelTests | None = None
+    besides: Question | None = None
     baseline: Baseline = field(default_factory=Baseline)
     done: int = 0
     total: int = 0
@@ -273,10 +274,10 @@ class Campaign:
         records.parent.mkdir(parents=True, exist_ok=True)
         known = self.state.results.get(mutant.id)
         try:
-            if self.kernel_tests is None or known is None or not self._is_decided(known, result):
+            if self.besides is None or known is None or not self._is_decided(known, result):
                 known = self._asked(mutant, result, kernel, records)
-            if self.kernel_tests is not None and known.fate is not Fate.ERROR:
-                known = replace(known, kselftest=self.kernel_tests(kernel, records.with_suffix(".kselftest.jsonl")))
+            if self.besides is not None and known.fate is not Fate.ERROR:
+                known = self.besides(mutant, known, kernel, records)
         finally:
             shutil.rmtree(self._kernel_folder(mutant), ignore_errors=True)
         return known
@@ -303,8 +304,8 @@ class Campaign:
         try:
             for name, selections in self._rounds(mutant, after=stage):
                 stage = name
-                self._need_baseline(selections)
-                trial = self._run(kernel, records, selections)
+                self.need_baseline(selections)
+                trial = self.trial(kernel, records, selections)
                 spent += trial.seconds
                 cpu += trial.cpu_seconds
                 if notice := first_notice(trial, self.baseline, selections):
@@ -317,12 +318,13 @@ class Campaign:
             return replace(result, fate=Fate.KILLED, how=notice.how.value, test=notice.test, reason=notice.reason)
         return replace(result, fate=Fate.SURVIVED if stage == DEPTHS[-1] else Fate.UNDECIDED, reason=mutant.survives)
 
-    def _run(self, kernel: Kernel, records: Path, selections: Sequence[str]) -> Trial:
+    def trial(self, kernel: Kernel, records: Path, selections: Sequence[str], stop_at_failure: bool = True) -> Trial:
+        """Put a kernel through these tests, or through all of them; without those that fail on the unmutated kernel."""
         tests = [] if ALL in selections else list(selections)
         left_out = [f"--deselect={test}" for test in self.baseline.failing]
         # Nobody boots a mutant's own image twice.
         guest = self.plan.guest if kernel.image == self.base.image else replace(self.plan.guest, snapshots=None)
-        return run_tests(guest, kernel, [*tests, *left_out], records, stop_at_failure=True)
+        return run_tests(guest, kernel, [*tests, *left_out], records, stop_at_failure=stop_at_failure)
 
     def _rounds(self, mutant: Mutant, after: str = "") -> list[tuple[str, list[str]]]:
         """The rounds of tests behind that one, up to the depth that was asked for."""
@@ -338,7 +340,7 @@ class Campaign:
         paths = sorted(path for stem in stems for path in self.plan.selftests.glob(f"test_{stem}*.py"))
         return [f"{self.plan.selftests.resolve().name}/{path.name}" for path in paths]
 
-    def _need_baseline(self, selections: Sequence[str]) -> None:
+    def need_baseline(self, selections: Sequence[str]) -> None:
         """Ask the unmutated kernel what it answers to these tests, unless that is known."""
         with self._baseline_lock:
             if not (lacking := self.baseline.lacks(selections)):
@@ -356,7 +358,7 @@ class Campaign:
         counted = [mutant for mutant in mutants if not mutant.equivalent]
         tests = list(dict.fromkeys(test for mutant in counted for test in node_ids(mutant, self.plan.tests)))
         if tests:
-            self._need_baseline(tests)
+            self.need_baseline(tests)
 
 
 def result_line(result: Result, done: int, total: int) -> str:

@@ -1,7 +1,7 @@
 """Judging a mutant: what its kernel answered, against what the unmutated kernel answered to the same tests."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -109,15 +109,24 @@ def first_notice(trial: Trial, baseline: Baseline, selections: Sequence[str]) ->
     """
     if trial.trouble and not trial.ends:
         return Notice(How.NO_BOOT if trial.kernel_died else How.GONE, "", trial.trouble)
+    if notice := next(all_notices(trial, baseline), None):
+        return notice
+    if not trial.complete and set(trial.planned) <= {end.test for end in trial.ends}:
+        return Notice(How.HANG, "", "all tests ended, but the runner in the guest did not")
+    return _missing(trial, baseline, selections)
+
+
+def all_notices(trial: Trial, baseline: Baseline) -> Iterator[Notice]:
+    """Every test that answered otherwise than on the original kernel, in the order of their ends.
+
+    Raises HarnessError where the harness failed, for that says nothing about the mutant.
+    """
     for end in trial.ends:
         answer = baseline.answers.get(end.test)
         if answer is not None and answer.verdict in FAILURES:
             continue
         if notice := _notice(end, answer):
-            return notice
-    if not trial.complete and set(trial.planned) <= {end.test for end in trial.ends}:
-        return Notice(How.HANG, "", "all tests ended, but the runner in the guest did not")
-    return _missing(trial, baseline, selections)
+            yield notice
 
 
 def _notice(end: TestEnd, answer: Answer | None) -> Notice | None:

@@ -12,9 +12,11 @@ from kvmgmem.lab.initramfs import PROJECT_DIRECTORY, ImageRequest, build_image
 from kvmgmem.lab.kernel_source import Origin
 from kvmgmem.lab.kselftest import NODE_PREFIX, build_tests
 from kvmgmem.lab.progress import Progress
+from kvmgmem.mutate.catalogue import Mutant
 from kvmgmem.mutate.guest import Guest, Trial, run_tests
 from kvmgmem.mutate.judge import ALL, first_notice, load_baseline, save_baseline
 from kvmgmem.mutate.modules import Kernel
+from kvmgmem.mutate.state import Result
 
 PROGRAM_SECONDS: Final = 24.0
 """What one program may take, before scaling: under emulation the 120 s that the kernel's own runner gives it."""
@@ -54,7 +56,11 @@ class KernelTests:
     def _baseline_path(self) -> Path:
         return self._work / "kselftest.json"
 
-    def __call__(self, kernel: Kernel, records: Path) -> str:
+    def __call__(self, mutant: Mutant, result: Result, kernel: Kernel, records: Path) -> Result:
+        """Add to a mutant's result what they made of it."""
+        return replace(result, kselftest=self.answer(kernel, records.with_suffix(".kselftest.jsonl")))
+
+    def answer(self, kernel: Kernel, records: Path) -> str:
         """Which program noticed the mutant in this kernel, and how; or that it survived."""
         with self._lock:
             if self._baseline.lacks([ALL]):

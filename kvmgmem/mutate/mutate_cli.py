@@ -20,11 +20,13 @@ from kvmgmem.mutate.apply import Applied, DoesNotApply, check, read_source
 from kvmgmem.mutate.campaign import Campaign, Plan
 from kvmgmem.mutate.catalogue import CATALOGUE_FILE, Mutant, choose, load_mutants, selftests_by_name
 from kvmgmem.mutate.guest import Guest
+from kvmgmem.mutate.idle import Answers, Duties, IdleTests, markdown
 from kvmgmem.mutate.judge import Fate
 from kvmgmem.mutate.state import DEPTHS, Result, State, folder_digest, mutant_digest
 from kvmgmem.run import selftests_directory
 
 STATE = "mutants.jsonl"
+IDLE = "idle-tests.jsonl"
 
 
 def add_mutate_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -40,6 +42,9 @@ def add_mutate_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at once, each with a tree of its own")
     parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="how QEMU executes the guests")
     parser.add_argument("--with-kselftest", action="store_true", help="ask the kernel's own KVM selftests as well")
+    parser.add_argument(
+        "--idle-tests", action="store_true", help="then ask the tests that have noticed no mutant so far by themselves"
+    )
     parser.add_argument("--scheduler", metavar="ADDRESS", help="spread the mutants over the workers of a dask scheduler")
     parser.add_argument(
         "--again", action="append", default=[], metavar="FATE", help="try once more: survived, undecided, ..."
@@ -61,6 +66,7 @@ def run_mutate(args: argparse.Namespace) -> int:
         _check_arguments(args)
         if args.fresh:
             state.path.unlink(missing_ok=True)
+            (args.out / IDLE).unlink(missing_ok=True)
             state = State(state.path)
         _run(args, mutants, state)
     return _report(args, mutants, state)
@@ -75,8 +81,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise HarnessError("no kernel tree is named", "give one: kvmgmem mutate --source DIR|RELEASE", ExitCode.USAGE)
     if args.jobs < 1:
         raise HarnessError(f"--jobs {args.jobs} is too small", "give at least 1", ExitCode.USAGE)
-    if args.scheduler and args.with_kselftest:
-        raise HarnessError("--scheduler and --with-kselftest exclude each other", "give one of them", ExitCode.USAGE)
+    alone = [name for name in ("scheduler", "with_kselftest", "idle_tests") if getattr(args, name)]
+    if len(alone) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in alone[:2])
+        raise HarnessError(f"{first} and {second} exclude each other", "give one of them", ExitCode.USAGE)
     fates = [fate.value for fate in Fate]
     if unknown := [fate for fate in _split(args.again) if fate not in fates]:
         raise HarnessError(f"--again {unknown[0]}: no mutant has that fate", f"one of: {', '.join(fates)}", ExitCode.USAGE)
@@ -112,21 +120,37 @@ def _run_on(
     left = state.left(mutants, digests, args.depth, _split(args.again), args.with_kselftest)
     if known := len(mutants) - len(left):
         progress.note(f"{known} of {len(mutants)} mutants are known from earlier runs ({state.path})")
-    if not left:
-        return
     with cache.locked(plan.work, progress.note):
-        if args.scheduler:
-            from kvmgmem.mutate.scheduler import run_spread
+        if left:
+            _try(left, origin, args, plan, state, progress)
+        if args.idle_tests:
+            _ask_idle_tests(args, mutants, plan, state, progress)
 
-            run_spread(args.scheduler, plan, left, state, progress)
-            return
-        campaign = Campaign(plan, state, progress)
-        campaign.prepare()
-        if args.with_kselftest:
-            from kvmgmem.mutate.kernel_tests import KernelTests
 
-            campaign.kernel_tests = KernelTests(origin, plan.work, plan.guest, campaign.base, campaign.kernel_key, progress)
-        campaign.run(left)
+def _try(
+    left: Sequence[Mutant], origin: Origin, args: argparse.Namespace, plan: Plan, state: State, progress: Progress
+) -> None:
+    if args.scheduler:
+        from kvmgmem.mutate.scheduler import run_spread
+
+        run_spread(args.scheduler, plan, left, state, progress)
+        return
+    campaign = Campaign(plan, state, progress)
+    campaign.prepare()
+    if args.with_kselftest:
+        from kvmgmem.mutate.kernel_tests import KernelTests
+
+        campaign.besides = KernelTests(origin, plan.work, plan.guest, campaign.base, campaign.kernel_key, progress)
+    campaign.run(left)
+
+
+def _ask_idle_tests(
+    args: argparse.Namespace, mutants: Sequence[Mutant], plan: Plan, state: State, progress: Progress
+) -> None:
+    campaign = Campaign(plan, state, progress)
+    campaign.prepare()
+    campaign.besides = idle = IdleTests(campaign, Duties.of(plan.selftests), Answers.read(args.out / IDLE))
+    campaign.run(idle.prepare(mutants))
 
 
 def _plan(origin: Origin, tree: Path, args: argparse.Namespace, progress: Progress) -> Plan:
@@ -160,7 +184,8 @@ def _report(args: argparse.Namespace, mutants: Sequence[Mutant], state: State) -
     results: list[Result] = [state.results[name] for name in known if name in state.results]
     if not results:
         raise HarnessError(f"{state.path} holds no results of these mutants", "run them first", ExitCode.NOTHING_RAN)
-    lines = report.markdown(results, known, state.circumstances)
+    tests = markdown(Duties.of(selftests_directory()), results, Answers.read(args.out / IDLE))
+    lines = report.markdown(results, known, state.circumstances, tests)
     cache.write_file(args.out / "mutants.md", ("\n".join(["# Mutations", "", *lines]) + "\n").encode())
     cache.write_file(args.out / "mutants.json", report.as_json(results, known, state.circumstances).encode())
     if args.evidence:

@@ -89,10 +89,16 @@ def place(mutant: Mutant) -> str:
     return f"{mutant.file.rpartition('/')[2]}:{mutant.function}"
 
 
-def markdown(results: Sequence[Result], mutants: Mapping[str, Mutant], circumstances: Circumstances | None) -> list[str]:
-    """The whole report: score, operators, survivors, every mutant."""
+def markdown(
+    results: Sequence[Result],
+    mutants: Mapping[str, Mutant],
+    circumstances: Circumstances | None,
+    tests: Sequence[str] = (),
+) -> list[str]:
+    """The whole report: score, operators, survivors, what is to be said of the `tests`, every mutant."""
     lines = _head(results, mutants, circumstances)
     lines += ["", *_operators(results, mutants), "", *_survivors(results, mutants)]
+    lines += ["", *tests] if tests else []
     lines += ["", "### Every mutant", "", "| Mutant | Where | Operator | Breaks | Fate | Noticed by | CPU seconds |"]
     if with_kselftest := any(result.kselftest is not None for result in results):
         lines[-1] += " The kernel's own selftests |"

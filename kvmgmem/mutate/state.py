@@ -94,7 +94,7 @@ class State:
         """Note what the campaign is about. Raises HarnessError where the file is about something else."""
         if self.circumstances is None:
             self.circumstances = circumstances
-            self._append({"circumstances": asdict(circumstances)})
+            append_line(self.path, {"circumstances": asdict(circumstances)})
         elif self.circumstances != circumstances:
             raise HarnessError(
                 f"{self.path} holds the results of another campaign ({self.circumstances.release}, "
@@ -106,14 +106,7 @@ class State:
         """Keep a result, at once on disk."""
         with self._lock:
             self.results[result.mutant] = result
-            self._append(asdict(result))
-
-    def _append(self, entry: Mapping[str, object]) -> None:
-        with disk_errors(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            before = self.path.read_bytes()[-1:] if self.path.exists() else b""
-            with self.path.open("ab") as file:
-                file.write((b"" if before in (b"", b"\n") else b"\n") + json.dumps(entry).encode() + b"\n")
+            append_line(self.path, asdict(result))
 
     def left(
         self,
@@ -139,6 +132,15 @@ class State:
             return result.fate is not Fate.UNDECIDED or DEPTHS.index(result.stage) >= DEPTHS.index(depth)
 
         return [mutant for mutant in mutants if not is_done(mutant)]
+
+
+def append_line(path: Path, entry: Mapping[str, object]) -> None:
+    """Add one JSON object to a file of such lines, whose last one may have been cut by whatever ended the run before."""
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_bytes()[-1:] if path.exists() else b""
+        with path.open("ab") as file:
+            file.write((b"" if before in (b"", b"\n") else b"\n") + json.dumps(entry).encode() + b"\n")
 
 
 def mutant_digest(mutant: Mutant, source: str | None) -> str:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import kvmgmem
-from kvmgmem.errors import HarnessError, KvmError
+from kvmgmem.errors import ERROR_PREFIX, HarnessError, KvmError
 from kvmgmem.exit_codes import ExitCode
 
 
@@ -120,7 +120,7 @@ def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
 def complain(message: str, hint: str, code: int) -> int:
     """One line on standard error, its remedy on the next; returns the exit code."""
     sys.stdout.flush()
-    sys.stderr.write(f"kvmgmem: error: {message}\n")
+    sys.stderr.write(f"{ERROR_PREFIX}{message}\n")
     if hint:
         sys.stderr.write(f"  hint: {hint}\n")
     return int(code)

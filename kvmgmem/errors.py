@@ -4,6 +4,9 @@ from enum import IntEnum
 
 from kvmgmem.exit_codes import ExitCode
 
+ERROR_PREFIX = "kvmgmem: error: "
+"""How every line on standard error begins that says what ended a command."""
+
 
 class Errno(IntEnum):
     """An error as the kernel returns it: negative, so that it never equals a count or a file descriptor.

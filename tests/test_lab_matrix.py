@@ -143,12 +143,34 @@ def test_the_slowest_kernel_begins_first(kernels: Path, monkeypatch: pytest.Monk
     assert sorted(began, key=began.__getitem__) == [f"{name}.jsonl.began" for name in ("7.3-debug", "7.3", "7.2", "6.12")]
 
 
+@pytest.mark.parametrize("records", [None, "", '{"record":"heartbeat","time":1.0}\n'], ids=["no file", "empty", "heartbeat"])
 def test_a_column_without_records_is_named(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], records: str | None
+) -> None:
+    """The table says what kept a guest from its first test, and where to look; the exit code is that of its command."""
+    fake_guests(monkeypatch, {"7.2": a_run("7.2", Verdict.PASSED), "7.3": ""})
+    lives = matrix._command
+
+    def command(column: Column, args: argparse.Namespace) -> tuple[str, ...]:
+        if column.kernel.name == "7.2":
+            return lives(column, args)
+        leaves = "" if records is None else f"open({str(column.results)!r}, 'w').write({records!r})"
+        return (sys.executable, "-c", f"{leaves}\nprint('no luck\\nkvmgmem: error: it is dead\\n  hint: bury it')\nexit(5)")
+
+    monkeypatch.setattr(matrix, "_command", command)
+    assert run_matrix(arguments(kernels / "out", "7.2", "7.3")) == ExitCode.KERNEL
+    log = kernels / "out" / "7.3.log"
+    text = capsys.readouterr().out
+    assert f"7.3: did not come to a first record: it is dead; see {log}\n" in text
+    assert "unknown kernel" not in text
+    assert "no luck" in log.read_text()
+    assert json.loads((kernels / "out" / "7.3.key").read_text())["command"]
+
+
+def test_a_column_that_ends_without_a_word_is_the_harness_fault(
     kernels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A guest that left nothing is the harness's failure, and the table says where to look."""
-    monkeypatch.setattr(matrix, "_command", lambda column, args: (sys.executable, "-c", "print('no luck')"))
+    """Whatever its command's exit status is: a matrix of nothing is no success."""
+    monkeypatch.setattr(matrix, "_command", lambda column, args: (sys.executable, "-c", ""))
     assert run_matrix(arguments(kernels / "out", "7.3")) == ExitCode.HARNESS
-    assert "7.3: did not come to a first record" in capsys.readouterr().out
-    assert "no luck" in (kernels / "out" / "7.3.log").read_text()
-    assert json.loads((kernels / "out" / "7.3.key").read_text())["command"]
+    assert "7.3: did not come to a first record: it said nothing; see " in capsys.readouterr().out

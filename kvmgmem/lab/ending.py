@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from kvmgmem.errors import HarnessError
+from kvmgmem.errors import ERROR_PREFIX, HarnessError
 from kvmgmem.exit_codes import ExitCode, code_of_part
 from kvmgmem.results.records import Verdict
 from kvmgmem.splats import message_of
@@ -106,12 +106,10 @@ _BOOT_HINTS = (
 def no_test_started(ending: Ending, console_file: Path | None) -> HarnessError:
     """The error for a guest in which not one test began: what happened, and the likeliest remedy."""
     words = [line.strip() for line in ending.runner_output.splitlines()]
-    told = next((line for line in words if line.startswith("kvmgmem: error: ")), "")
+    told = next((line for line in words if line.startswith(ERROR_PREFIX)), "")
     if told:
         hint = next((line.removeprefix("hint: ") for line in words if line.startswith("hint: ")), "")
-        return HarnessError(
-            f"in the guest: {told.removeprefix('kvmgmem: error: ')}", hint, code_of_part(ending.runner_exit or 4)
-        )
+        return HarnessError(f"in the guest: {told.removeprefix(ERROR_PREFIX)}", hint, code_of_part(ending.runner_exit or 4))
     if ending.cause is Cause.RUNNER_DIED and ending.runner_exit == 4 and (usage := usage_error(words)):
         return HarnessError(f"pytest: {usage}", "see pytest --help", ExitCode.USAGE)
     if ending.cause is Cause.RUNNER_DIED and ending.runner_exit in (3, 5):

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from kvmgmem.errors import HarnessError
-from kvmgmem.exit_codes import ExitCode, gravest
+from kvmgmem.errors import ERROR_PREFIX, HarnessError
+from kvmgmem.exit_codes import GRAVITY, ExitCode, gravest
 from kvmgmem.lab.capacity import guests_that_fit
 from kvmgmem.lab.kernels import Kernel, resolve
 from kvmgmem.lab.variants import PLAIN, VARIANTS, Variant, is_variant, lookup
@@ -220,12 +220,12 @@ def _stop(columns: Sequence[Column]) -> None:
 
 def _report(columns: Sequence[Column], directory: Path) -> int:
     runs: list[Run] = []
-    lost: list[str] = []
+    lost: list[Column] = []
     for column in columns:
-        if not column.results.exists():
-            lost.append(column.name)
+        run = read_run([column.results]) if column.results.exists() else Run()
+        if run.circumstances is None:
+            lost.append(column)
             continue
-        run = read_run([column.results])
         runs.append(run)
         for name, suffix in SUFFIXES.items():
             write_file(column.results.with_name(column.name + suffix), partial(WRITERS[name], run))
@@ -235,7 +235,17 @@ def _report(columns: Sequence[Column], directory: Path) -> int:
         write_file(directory / "matrix.html", partial(write_html_comparison, comparison))
         write_comparison(comparison, sys.stdout)
         print(f"page: {directory / 'matrix.html'}")
-    for name in lost:
-        print(f"{name}: did not come to a first record; see {directory / name}.log")
-        codes.append(ExitCode.HARNESS)
+    for column in lost:
+        log = column.results.with_suffix(".log")
+        print(f"{column.name}: did not come to a first record: {_error_in(log)}; see {log}")
+        codes.append(column.status if column.status in GRAVITY[1:] else ExitCode.HARNESS)
     return gravest(codes)
+
+
+def _error_in(log: Path) -> str:
+    """What a column's command said that it died of."""
+    with contextlib.suppress(OSError):
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR_PREFIX)]
+        if said:
+            return said[-1].removeprefix(ERROR_PREFIX)
+    return "it said nothing"

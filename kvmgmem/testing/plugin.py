@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmgmem.errors import HarnessError
+from kvmgmem.errors import ERROR_PREFIX, HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.results.records import Verdict
 from kvmgmem.testing import fixtures, requirements
@@ -123,7 +123,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _stop(error: HarnessError) -> None:
     hint = f"\n  hint: {error.hint}" if error.hint else ""
-    pytest.exit(f"kvmgmem: error: {error.message}{hint}", returncode=int(error.code))
+    pytest.exit(f"{ERROR_PREFIX}{error.message}{hint}", returncode=int(error.code))
 
 
 def is_ours(item: pytest.Item) -> bool:

@@ -21,6 +21,7 @@ import pytest
 import kvmgmem
 from kvmgmem import host as host_facts
 from kvmgmem import splats
+from kvmgmem.errors import ERROR_PREFIX
 from kvmgmem.results.records import (
     Circumstances,
     Note,
@@ -115,7 +116,7 @@ class Session:
         if self.log.error:
             # A watch that cannot run is an error where it could: only an ordinary user may lack this one.
             if os.geteuid() == 0:
-                pytest.exit(f"kvmgmem: error: {self.log.error}", returncode=4)
+                pytest.exit(f"{ERROR_PREFIX}{self.log.error}", returncode=4)
             self._leave_out(f"{self.log.error} (needs root)")
 
     def _leave_out(self, what: str) -> None:

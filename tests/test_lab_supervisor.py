@@ -1027,6 +1027,34 @@ def test_no_limits_are_no_error(guest: Machine) -> None:
         assert any(b"QMP" in line.data for line in qemu.wait(Limits.unlimited().boot))
 
 
+def test_a_guest_goes_on_whose_state_took_too_long(guest: Machine, tmp_path: Path) -> None:
+    """What is not written in time is given up: should it come to its end after all, that would stop the machine for good."""
+    with Qemu(guest) as qemu:
+        deadline = time.monotonic() + 60
+        while not any(line.channel == CONSOLE for line in qemu.wait(1.0)):
+            assert time.monotonic() < deadline
+        assert not qemu.save_state(tmp_path / "slow", limit=0.0)
+        answers = [answer_of(qemu, "query-migrate")]
+        while answers[-1]["status"] not in ("completed", "failed", "cancelled"):
+            assert time.monotonic() < deadline
+            answers.append(answer_of(qemu, "query-migrate"))
+        assert answer_of(qemu, "query-status")["running"], answers[-1]["status"]
+        assert qemu.save_state(tmp_path / "state", limit=60.0)  # the control: it is written where it has the time
+        assert answer_of(qemu, "query-status")["running"]
+
+
+def answer_of(qemu: Qemu, command: str) -> dict[str, Any]:
+    """What QEMU's monitor answers to one command."""
+    qemu.qmp(command)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for line in qemu.wait(1.0):
+            answer = json.loads(line.data).get("return") if line.channel == QMP else None
+            if isinstance(answer, dict) and "status" in answer and ("running" in answer) == (command == "query-status"):
+                return answer
+    raise TimeoutError(command)
+
+
 def test_qemu_dies_with_its_supervisor(guest: Machine) -> None:
     """However the supervisor ends: a killed one must not leave a guest behind."""
     reader, writer = os.pipe()

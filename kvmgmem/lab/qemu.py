@@ -26,6 +26,8 @@ MAX_LINE = 4 << 20
 _READ_SIZE = 1 << 16
 _UNTHROTTLED = 1 << 40
 """Bytes a second: the default limit is meant for a network."""
+_MIGRATION_ENDS = ("completed", "failed", "cancelled")
+_CANCEL_SECONDS = 10.0
 _STDERR = "stderr"
 _ORDER = (CONSOLE, RESULTS, CONTROL, QMP, _STDERR)
 
@@ -190,16 +192,26 @@ class Qemu:
         self.qmp("migrate-set-parameters", **{"max-bandwidth": _UNTHROTTLED})
         # QEMU 8.2 has file: as well; exec: is as old as migration.
         self.qmp("migrate", uri=f"exec:cat > {shlex.quote(str(path))}")
-        status, deadline = "", time.monotonic() + limit
-        while status not in ("completed", "failed", "cancelled") and time.monotonic() < deadline and not self.ended:
-            self.qmp("query-migrate")
-            select.select([self._files[QMP]], [], [], 0.5)
-            for line in self._read(QMP):
-                status = _migration_status(line) or status
-                self._kept.append(line)
-            time.sleep(0.01)
+        status = self._migration_end(limit)
+        if not status:
+            # One that comes to its end later would stop the machine when nobody looks any more.
+            self.qmp("migrate_cancel")
+            status = self._migration_end(_CANCEL_SECONDS)
         self.qmp("cont")
         return status == "completed"
+
+    def _migration_end(self, limit: float) -> str:
+        """How the writing of the state ended: completed, failed or cancelled; "" if it did not within `limit` seconds."""
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline and not self.ended:
+            self.qmp("query-migrate")
+            select.select([self._files[QMP]], [], [], 0.5)
+            lines = self._read(QMP)
+            self._kept += lines
+            if status := next((found for found in map(_migration_status, lines) if found in _MIGRATION_ENDS), ""):
+                return status
+            time.sleep(0.01)
+        return ""
 
     def cpu_seconds(self) -> float:
         """CPU time that QEMU has used, all threads together."""

@@ -375,6 +375,22 @@ def test_an_int3_that_comes_again_is_the_kernels_own(results: Path, machine: Mac
     assert "int3" in reason(run, "a")
 
 
+def test_what_the_emulator_did_while_booting_costs_a_boot(results: Path) -> None:
+    """A kernel switches most static keys then."""
+    good = [*GREETING, RUN_START, plan("a"), *passing("a"), RUN_END, GOODBYE]
+    assert verdicts(Scripted(results, [TORN, None], [good]).run()) == {"a": Verdict.PASSED}
+
+
+@pytest.mark.parametrize(("machine", "boots"), [(MACHINE, 2), (replace(MACHINE, cpus=1), 1)])
+def test_a_kernel_that_boots_into_an_int3_is_its_own_fault(results: Path, machine: Machine, boots: int) -> None:
+    """The second time; or the first, where no other CPU could have torn an instruction."""
+    scripted = Scripted(results, *([TORN, None] for _ in range(3)), machine=machine)
+    with pytest.raises(HarnessError, match="int3") as caught:
+        scripted.supervisor.run()
+    assert caught.value.code is ExitCode.KERNEL
+    assert len(scripted.machines) == boots
+
+
 def test_silence_is_a_hang_and_an_nmi_asks_where(results: Path) -> None:
     """No record and no heartbeat; the monitor is told to inject an NMI before the guest is given up."""
     scripted = Scripted(results, [[*GREETING, RUN_START, plan("a"), record("test-start", test="a")], None])

@@ -253,7 +253,7 @@ class Lane:
             verbose = verbose or fruitless > 0
             if not self._remaining() and self._plan:
                 return
-            if fruitless >= FRUITLESS_BOOTS or (fruitless and not worth_another_boot(ending)):
+            if fruitless >= FRUITLESS_BOOTS or (fruitless and not self._is_worth_another(ending)):
                 if not self._plan:
                     raise no_test_started(ending, self._request.console)
                 self._give_up(f"{fruitless} boots in a row ended before a test began: {ending.reason}")
@@ -322,6 +322,9 @@ class Lane:
         self._supervisor.say(f"the kept guest could not be resumed, and is booted again: {ending.reason}")
         self._resumed.remove()
         return True
+
+    def _is_worth_another(self, ending: Ending) -> bool:
+        return worth_another_boot(ending) or looks_torn(ending.reason, self._request.machine)
 
     def _remaining(self) -> list[str]:
         return [test for test in self._plan if test not in self._done]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmgmem.catalogue.contract import area_of
 from kvmgmem.cli import main
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
@@ -20,7 +21,7 @@ from kvmgmem.mutate.build import Built
 from kvmgmem.mutate.campaign import Campaign, Plan
 from kvmgmem.mutate.catalogue import Mutant
 from kvmgmem.mutate.guest import Guest, Trial
-from kvmgmem.mutate.idle import Answers, Duties, IdleTests
+from kvmgmem.mutate.idle import Answers, Duties, IdleTests, Relation
 from kvmgmem.mutate.judge import Fate
 from kvmgmem.mutate.modules import Kernel
 from kvmgmem.mutate.scheduler import load_distributed
@@ -216,9 +217,10 @@ def test_the_kernels_own_tests_are_asked_about_what_is_known(lab: Lab) -> None:
 
 
 def test_idle_tests_are_asked_by_themselves(lab: Lab) -> None:
-    """Those of the areas that the mutant breaks, until one made them fail; also behind a test that has failed."""
+    """Those of the rows, then the areas, that the mutant breaks, until one made them fail; also behind one that failed."""
     (lab.plan.selftests / "test_cre.py").write_text(
         "".join(f'@contract("GM-CRE-001")\ndef {test.rpartition("::")[2]}(): ...\n' for test in (FIRST, SECOND))
+        + "".join(f'@contract("GM-CRE-002")\ndef test_{name}(): ...\n' for name in ("of_the_area", "of_it_too"))
     )
     (lab.plan.selftests / "test_z.py").write_text('@contract("GM-FAL-001")\ndef test_z(): ...\ndef test_no_row(): ...\n')
     lab.notices.update({"a == 7": FIRST, "a == 8": FIRST})
@@ -226,20 +228,25 @@ def test_idle_tests_are_asked_by_themselves(lab: Lab) -> None:
     lab.campaign(depth="first").run(mutants)
     lab.runs.clear()
 
-    def ask(notices: dict[str, str]) -> list[str]:
+    def ask(notices: dict[str, str], relation: Relation = str) -> list[str]:
         lab.notices = notices
         campaign = lab.campaign(depth="first")
-        campaign.besides = idle = IdleTests(campaign, Duties.of(lab.plan.selftests), Answers.read(path))
+        campaign.besides = idle = IdleTests(campaign, Duties.of(lab.plan.selftests), Answers.read(path), relation)
         left = idle.prepare(mutants)
         campaign.run(left)
         return [mutant.id for mutant in left]
 
     path = lab.state.path.with_name("idle-tests.jsonl")
     assert ask({"a == 8": SECOND}) == ["m", "n"]
+    others = tuple(f"selftests/test_cre.py::test_{name}" for name in ("of_it_too", "of_the_area"))
     # The unmutated kernel, then both mutants. FIRST has noticed some; test_z is alone with its row.
-    assert lab.runs == [(SECOND,)] * 3
+    assert lab.runs == [(*others, SECOND), (SECOND,), (SECOND,)]
     assert Answers.read(path).noticed == {SECOND: {"n": "answered 7"}}
     assert ask({}) == []
+    lab.runs.clear()
+    assert ask({}, area_of) == ["m", "n"]
+    assert lab.runs == [others] * 2
+    assert ask({}, area_of) == []
     assert lab.fate("n") == (Fate.KILLED, FIRST, "first")
 
 

@@ -6,7 +6,7 @@ after a campaign, the *idle* ones, are asked by themselves (`kvmgmem mutate --id
 
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -106,13 +106,22 @@ def idle_tests(duties: Duties, results: Iterable[Result], answers: Answers) -> l
     return [test for test in duties.rows if test not in busy]
 
 
-class IdleTests:
-    """What a campaign asks besides: the idle tests of the areas that a mutant breaks the rules of."""
+Relation = Callable[[str], str]
+"""What a test and a mutant have to have in common, as a function of a row's id."""
 
-    def __init__(self, campaign: Campaign, duties: Duties, answers: Answers) -> None:
+RELATIONS: Final[tuple[Relation, ...]] = (str, catalogue.area_of)
+"""First a test is asked about the mutants that break one of its very rows, for they are most likely to make it fail; only if
+none did, about those that break a row of its areas."""
+
+
+class IdleTests:
+    """What a campaign asks besides: the idle tests that a mutant concerns."""
+
+    def __init__(self, campaign: Campaign, duties: Duties, answers: Answers, relation: Relation) -> None:
         self._campaign = campaign
         self._duties = duties
         self._answers = answers
+        self._relation = relation
 
     def prepare(self, mutants: Sequence[Mutant]) -> list[Mutant]:
         """Ask the unmutated kernel once for all, and return the mutants that idle tests have not seen yet."""
@@ -132,10 +141,10 @@ class IdleTests:
         result = self._campaign.state.results.get(mutant.id)
         if result is None or result.fate is not Fate.KILLED or result.how not in BY_AN_ASSERTION:
             return []
-        areas = {catalogue.area_of(row) for row in mutant.breaks}
+        broken = set(map(self._relation, mutant.breaks))
         asked = self._answers.asked.get(mutant.id, set())
-        of_area = (test for test in self._idle() if areas & {catalogue.area_of(row) for row in self._duties.rows[test]})
-        return [test for test in of_area if test not in asked]
+        concerned = (test for test in self._idle() if broken & set(map(self._relation, self._duties.rows[test])))
+        return [test for test in concerned if test not in asked]
 
     def __call__(self, mutant: Mutant, result: Result, kernel: Kernel, records: Path) -> Result:
         """Show a mutant to them, and keep what they said; its own result stays as it is."""

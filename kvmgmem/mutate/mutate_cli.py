@@ -20,7 +20,7 @@ from kvmgmem.mutate.apply import Applied, DoesNotApply, check, read_source
 from kvmgmem.mutate.campaign import Campaign, Plan
 from kvmgmem.mutate.catalogue import CATALOGUE_FILE, Mutant, choose, load_mutants, selftests_by_name
 from kvmgmem.mutate.guest import Guest
-from kvmgmem.mutate.idle import Answers, Duties, IdleTests, markdown
+from kvmgmem.mutate.idle import RELATIONS, Answers, Duties, IdleTests, markdown
 from kvmgmem.mutate.judge import Fate
 from kvmgmem.mutate.state import DEPTHS, Result, State, folder_digest, mutant_digest
 from kvmgmem.run import selftests_directory
@@ -147,10 +147,12 @@ def _try(
 def _ask_idle_tests(
     args: argparse.Namespace, mutants: Sequence[Mutant], plan: Plan, state: State, progress: Progress
 ) -> None:
-    campaign = Campaign(plan, state, progress)
-    campaign.prepare()
-    campaign.besides = idle = IdleTests(campaign, Duties.of(plan.selftests), Answers.read(args.out / IDLE))
-    campaign.run(idle.prepare(mutants))
+    duties, answers = Duties.of(plan.selftests), Answers.read(args.out / IDLE)
+    for relation in RELATIONS:
+        campaign = Campaign(plan, state, progress)
+        campaign.prepare()
+        campaign.besides = idle = IdleTests(campaign, duties, answers, relation)
+        campaign.run(idle.prepare(mutants))
 
 
 def _plan(origin: Origin, tree: Path, args: argparse.Namespace, progress: Progress) -> Plan:

@@ -220,9 +220,12 @@ def test_idle_tests_are_asked_by_themselves(lab: Lab) -> None:
     """Those of the rows, then the areas, that the mutant breaks, until one made them fail; also behind one that failed."""
     (lab.plan.selftests / "test_cre.py").write_text(
         "".join(f'@contract("GM-CRE-001")\ndef {test.rpartition("::")[2]}(): ...\n' for test in (FIRST, SECOND))
-        + "".join(f'@contract("GM-CRE-002")\ndef test_{name}(): ...\n' for name in ("of_the_area", "of_it_too"))
+        + '@contract("GM-CRE-003")\ndef test_alone(): ...\n'
     )
-    (lab.plan.selftests / "test_z.py").write_text('@contract("GM-FAL-001")\ndef test_z(): ...\ndef test_no_row(): ...\n')
+    # Another row of the same area, which two tests assert; the second is one that this kernel has nothing for.
+    (lab.plan.selftests / "test_z.py").write_text(
+        "".join(f'@contract("GM-CRE-002")\ndef {name}(): ...\n' for name in ("test_z", "test_without_its_like_here"))
+    )
     lab.notices.update({"a == 7": FIRST, "a == 8": FIRST})
     mutants = [mutant("m"), mutant("n", put="a == 8")]
     lab.campaign(depth="first").run(mutants)
@@ -237,15 +240,16 @@ def test_idle_tests_are_asked_by_themselves(lab: Lab) -> None:
         return [mutant.id for mutant in left]
 
     path = lab.state.path.with_name("idle-tests.jsonl")
+    absent = "selftests/test_z.py::test_without_its_like_here"
     assert ask({"a == 8": SECOND}) == ["m", "n"]
-    others = tuple(f"selftests/test_cre.py::test_{name}" for name in ("of_it_too", "of_the_area"))
-    # The unmutated kernel, then both mutants. FIRST has noticed some; test_z is alone with its row.
-    assert lab.runs == [(*others, SECOND), (SECOND,), (SECOND,)]
+    # The unmutated kernel, then both mutants. FIRST has noticed some, and test_alone has a row of its own.
+    assert lab.runs == [(SECOND, absent, OTHER), (SECOND,), (SECOND,)]
+    assert Answers.read(path).skipped == {absent}
     assert Answers.read(path).noticed == {SECOND: {"n": "answered 7"}}
     assert ask({}) == []
     lab.runs.clear()
     assert ask({}, area_of) == ["m", "n"]
-    assert lab.runs == [others] * 2
+    assert lab.runs == [(OTHER,)] * 2
     assert ask({}, area_of) == []
     assert lab.fate("n") == (Fate.KILLED, FIRST, "first")
 

@@ -284,10 +284,15 @@ class Campaign:
 
     def _is_decided(self, known: Result, result: Result) -> bool:
         """Whether an earlier run has already said what the selftests make of this mutant, as deep as this one would go."""
-        if (known.digest, known.tests) != (result.digest, result.tests):
+        if known.digest != result.digest:
+            return False
+        # As in State.left: what earlier selftests noticed stands until it is asked for --again.
+        if known.fate is Fate.KILLED:
+            return True
+        if known.tests != result.tests:
             return False
         asked = known.fate is Fate.UNDECIDED and DEPTHS.index(known.stage) >= DEPTHS.index(self.plan.depth)
-        return asked or known.fate in (Fate.KILLED, Fate.SURVIVED)
+        return asked or known.fate is Fate.SURVIVED
 
     def _lived_through(self, result: Result) -> Result | None:
         """What an earlier run with the same tests found, if it stopped before it had asked all."""

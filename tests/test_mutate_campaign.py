@@ -127,7 +127,9 @@ class Lab:
             )
             for test in planned
         )
-        return Trial(planned, ends, complete=True)
+        failed = [number for number, end in enumerate(ends, start=1) if end.verdict is Verdict.FAILED]
+        ends = ends[: failed[0]] if failed and stop_at_failure else ends
+        return Trial(planned, ends, complete=len(ends) == len(planned))
 
     def campaign(self, **changes: object) -> Campaign:
         campaign = Campaign(replace(self.plan, **changes), self.state, Progress("mutants", io.StringIO()))  # type: ignore[arg-type]
@@ -252,6 +254,23 @@ def test_idle_tests_are_asked_by_themselves(lab: Lab) -> None:
     assert lab.runs == [(OTHER,)] * 2
     assert ask({}, area_of) == []
     assert lab.fate("n") == (Fate.KILLED, FIRST, "first")
+
+
+def test_an_idle_test_behind_one_that_fails_has_its_turn(lab: Lab) -> None:
+    """A failure ends the guest; those behind it are asked in another one, those before it are not asked again."""
+    for test in (FIRST, SECOND, OTHER):
+        file, _, name = test.partition("::")
+        with (lab.plan.selftests / Path(file).name).open("a") as source:
+            source.write(f'@contract("GM-CRE-001")\ndef {name}(): ...\n')
+    lab.state.add(Result("m", Fate.KILLED, "wrong answer", digest=mutant_digest(mutant("m"), SOURCE)))
+    lab.notices["a == 7"] = SECOND
+    campaign = lab.campaign()
+    answers = Answers(lab.state.path.with_name("idle-tests.jsonl"))
+    campaign.besides = idle = IdleTests(campaign, Duties.of(lab.plan.selftests), answers, str)
+    campaign.run(idle.prepare([mutant("m")]))
+    assert lab.runs == [(FIRST, SECOND, OTHER), (FIRST, SECOND, OTHER), (OTHER,)]
+    assert answers.asked == {"m": {FIRST, SECOND, OTHER}}
+    assert answers.noticed == {SECOND: {"m": "answered 7"}}
 
 
 def test_what_fails_without_a_mutant_is_left_out(lab: Lab) -> None:

@@ -323,13 +323,13 @@ class Campaign:
             return replace(result, fate=Fate.KILLED, how=notice.how.value, test=notice.test, reason=notice.reason)
         return replace(result, fate=Fate.SURVIVED if stage == DEPTHS[-1] else Fate.UNDECIDED, reason=mutant.survives)
 
-    def trial(self, kernel: Kernel, records: Path, selections: Sequence[str], stop_at_failure: bool = True) -> Trial:
+    def trial(self, kernel: Kernel, records: Path, selections: Sequence[str]) -> Trial:
         """Put a kernel through these tests, or through all of them; without those that fail on the unmutated kernel."""
         tests = [] if ALL in selections else list(selections)
         left_out = [f"--deselect={test}" for test in self.baseline.failing]
         # Nobody boots a mutant's own image twice.
         guest = self.plan.guest if kernel.image == self.base.image else replace(self.plan.guest, snapshots=None)
-        return run_tests(guest, kernel, [*tests, *left_out], records, stop_at_failure=stop_at_failure)
+        return run_tests(guest, kernel, [*tests, *left_out], records, stop_at_failure=True)
 
     def _rounds(self, mutant: Mutant, after: str = "") -> list[tuple[str, list[str]]]:
         """The rounds of tests behind that one, up to the depth that was asked for."""

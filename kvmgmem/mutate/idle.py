@@ -17,7 +17,7 @@ from kvmgmem.contract_report import asserting_tests
 from kvmgmem.errors import HarnessError
 from kvmgmem.mutate.campaign import Campaign
 from kvmgmem.mutate.catalogue import Mutant
-from kvmgmem.mutate.judge import Fate, How, Notice, all_notices
+from kvmgmem.mutate.judge import Fate, How, all_notices
 from kvmgmem.mutate.modules import Kernel
 from kvmgmem.mutate.state import Result, append_line
 from kvmgmem.results.records import Verdict
@@ -91,12 +91,17 @@ class Answers:
             append_line(self.path, entry)
 
 
+def _function(test: str) -> str:
+    """A node id without its parameters."""
+    return test.partition("[")[0]
+
+
 def first_noticers(results: Iterable[Result]) -> dict[str, list[str]]:
     """Test function to the mutants that were over with it."""
     found: dict[str, list[str]] = {}
     for result in results:
         if result.fate is Fate.KILLED and result.test:
-            found.setdefault(result.test.partition("[")[0], []).append(result.mutant)
+            found.setdefault(_function(result.test), []).append(result.mutant)
     return found
 
 
@@ -129,7 +134,7 @@ class IdleTests:
         if tests:
             self._campaign.need_baseline(tests)
         ends = self._campaign.baseline.answers.items()
-        ran = {name.partition("[")[0] for name, answer in ends if answer.verdict is not Verdict.SKIPPED}
+        ran = {_function(name) for name, answer in ends if answer.verdict is not Verdict.SKIPPED}
         if skipped := [test for test in tests if test not in ran]:
             self._answers.add({"skipped": skipped})
         return [mutant for mutant in mutants if self._tests_for(mutant)]
@@ -156,14 +161,21 @@ class IdleTests:
         return result
 
     def _ask(self, mutant: Mutant, tests: Sequence[str], kernel: Kernel, records: Path) -> None:
-        trial = self._campaign.trial(kernel, records, tests, stop_at_failure=False)
-        noticed: dict[str, Notice] = {}
-        for notice in all_notices(trial, self._campaign.baseline):
-            if notice.how in BY_AN_ASSERTION:
-                noticed.setdefault(notice.test.partition("[")[0], notice)
-        if trial.ends:
-            told = {test: notice.reason for test, notice in noticed.items()}
-            self._answers.add({"mutant": mutant.id, "asked": list(tests), "noticed": told})
+        noticed: dict[str, str] = {}
+        asked: list[str] = []
+        # Each failure ends the guest: a mutant that leaks or hangs makes every variant of a test wait for its limit.
+        while len(asked) < len(tests):
+            left = tests[len(asked) :]
+            trial = self._campaign.trial(kernel, records, left)
+            for notice in all_notices(trial, self._campaign.baseline):
+                if notice.how in BY_AN_ASSERTION:
+                    noticed.setdefault(_function(notice.test), notice.reason)
+            ended = {_function(end.test) for end in trial.ends}.intersection(left)
+            if not ended:
+                break
+            asked += left[: 1 + max(map(left.index, ended))]
+        if asked:
+            self._answers.add({"mutant": mutant.id, "asked": asked, "noticed": noticed})
 
 
 def markdown(duties: Duties, results: Sequence[Result], answers: Answers) -> list[str]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from kvmgmem.mutate.catalogue import Mutant
 from kvmgmem.mutate.idle import Answers, Duties, idle_tests, markdown
 from kvmgmem.mutate.judge import Fate
 from kvmgmem.mutate.state import Result
@@ -24,6 +25,9 @@ def test_woken(): ...
 def test_idle(): ...
 """
 KILLED = (Result("m", Fate.KILLED, "wrong answer", "selftests/test_cre.py::test_killer[default]"),)
+
+
+MUTANTS = {"m": Mutant("m", "virt/x.c", "f", "dropped check", "a", "b", ("GM-CRE-009",), ("test_killer",))}
 
 
 def duties(folder: Path) -> Duties:
@@ -66,15 +70,18 @@ def test_the_report_counts_each_test_once(tmp_path: Path) -> None:
     """By the strongest of what speaks for it; and names those that nothing does."""
     answers = Answers(tmp_path / "out" / "idle-tests.jsonl")
     known = duties(tmp_path)
-    unasked = "\n".join(markdown(known, KILLED, answers))
+    unasked = "\n".join(markdown(known, KILLED, MUTANTS, answers))
     assert "- 1 were the first" in unasked
     assert "- 1 others assert a row that no other test does" in unasked
     assert "- 1 others recognise a known bug" in unasked
     assert "- 2 are none of these, and were not asked" in unasked
     answers.add({"mutant": "m", "asked": [named("idle"), named("woken")], "noticed": {named("woken"): "assert 1 == 0"}})
-    asked = "\n".join(markdown(known, KILLED, answers))
+    asked = "\n".join(markdown(known, KILLED, MUTANTS, answers))
     assert "- 1 others failed on a mutant" in asked
     assert "- 0 others need" in asked
     assert "- 1 noticed none" in asked
     assert f"- `{named('idle')}` (GM-CRE-001)" in asked
     assert named("woken") not in asked
+    assert "yet" not in asked
+    partly = Answers(tmp_path / "partly.jsonl", {"m": {named("woken")}})
+    assert "Of 1 mutants not all of them have been asked **yet**" in "\n".join(markdown(known, KILLED, MUTANTS, partly))

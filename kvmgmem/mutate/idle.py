@@ -111,6 +111,16 @@ def idle_tests(duties: Duties, results: Iterable[Result], answers: Answers) -> l
     return [test for test in duties.rows if test not in busy]
 
 
+def unseen_by(
+    idle: Iterable[str], mutant: Mutant, result: Result | None, duties: Duties, answers: Answers, relation: "Relation"
+) -> list[str]:
+    """Which of the idle tests concern this mutant and have not been shown it; none where an assertion is not what tells."""
+    if result is None or result.fate is not Fate.KILLED or result.how not in BY_AN_ASSERTION:
+        return []
+    broken, asked = set(map(relation, mutant.breaks)), answers.asked.get(mutant.id, set())
+    return [test for test in idle if test not in asked and broken & set(map(relation, duties.rows[test]))]
+
+
 Relation = Callable[[str], str]
 """What a test and a mutant have to have in common, as a function of a row's id."""
 
@@ -144,12 +154,7 @@ class IdleTests:
 
     def _tests_for(self, mutant: Mutant) -> list[str]:
         result = self._campaign.state.results.get(mutant.id)
-        if result is None or result.fate is not Fate.KILLED or result.how not in BY_AN_ASSERTION:
-            return []
-        broken = set(map(self._relation, mutant.breaks))
-        asked = self._answers.asked.get(mutant.id, set())
-        concerned = (test for test in self._idle() if broken & set(map(self._relation, self._duties.rows[test])))
-        return [test for test in concerned if test not in asked]
+        return unseen_by(self._idle(), mutant, result, self._duties, self._answers, self._relation)
 
     def __call__(self, mutant: Mutant, result: Result, kernel: Kernel, records: Path) -> Result:
         """Show a mutant to them, and keep what they said; its own result stays as it is."""
@@ -178,7 +183,7 @@ class IdleTests:
             self._answers.add({"mutant": mutant.id, "asked": asked, "noticed": noticed})
 
 
-def markdown(duties: Duties, results: Sequence[Result], answers: Answers) -> list[str]:
+def markdown(duties: Duties, results: Sequence[Result], mutants: Mapping[str, Mutant], answers: Answers) -> list[str]:
     """What the tests add, in numbers; and those that nothing speaks for, or what else does."""
     first = first_noticers(results)
     rest = [test for test in duties.rows if test not in first]
@@ -205,6 +210,9 @@ def markdown(duties: Duties, results: Sequence[Result], answers: Answers) -> lis
         f"- {len(skipped)} others need what the mutants' kernel or machine has not;",
         f"- {len(idle)} noticed none of the mutants of their areas, and all their rows are asserted by others as well.",
     ]
+    wider = RELATIONS[-1]
+    if left := sum(bool(unseen_by(idle, mutants[each.mutant], each, duties, answers, wider)) for each in results):
+        lines[-1] += f" Of {left} mutants not all of them have been asked **yet**."
     if idle:
         lines += ["", "The last are candidates to go, unless something else speaks for them:", ""]
         lines += [f"- `{test}` ({' '.join(duties.rows[test])})" for test in idle]

@@ -186,7 +186,7 @@ def _report(args: argparse.Namespace, mutants: Sequence[Mutant], state: State) -
     results: list[Result] = [state.results[name] for name in known if name in state.results]
     if not results:
         raise HarnessError(f"{state.path} holds no results of these mutants", "run them first", ExitCode.NOTHING_RAN)
-    tests = markdown(Duties.of(selftests_directory()), results, Answers.read(args.out / IDLE))
+    tests = markdown(Duties.of(selftests_directory()), results, known, Answers.read(args.out / IDLE))
     lines = report.markdown(results, known, state.circumstances, tests)
     cache.write_file(args.out / "mutants.md", ("\n".join(["# Mutations", "", *lines]) + "\n").encode())
     cache.write_file(args.out / "mutants.json", report.as_json(results, known, state.circumstances).encode())

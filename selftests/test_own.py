@@ -5,7 +5,6 @@ words the outcome as ABI: the inode is the memory of the virtual machine, a file
 """
 
 import contextlib
-import itertools
 import os
 import re
 import threading
@@ -166,29 +165,41 @@ STRUCT_KVM = re.compile(
 )
 
 
+ENOUGH = 8
+"""VMs that came to lie where a dead one had lain."""
+
+
+def again(addresses: list[str]) -> int:
+    """How many of these had occurred before."""
+    return len(addresses) - len(set(addresses))
+
+
 @contract("C4p")
 @requires("trace-events", "text-patching")
 @vm_types("default")
 def test_addresses_of_dead_vms_come_back(kvm: Kvm, effort: float, record_property: Callable[[str, object], None]) -> None:
-    """The power of C4: once a VM is really gone, the next one often lies at its address.
+    """The power of C4: once a VM is really gone, another one often lies at its address.
 
+    Not always the next one: where many slabs of that size have a place free, these have their turn first.
     The event shows addresses hashed, which is enough to tell whether two are the same. Where struct kvm is not from the
     slab allocator (6.12 takes it from __vmalloc) nothing is seen, and nothing is known about the power of C4.
     """
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    rounds = max(8, int(16 * effort))
+    most = max(64, int(256 * effort))
     addresses: list[str] = []
     with traced("kmem/kmalloc", "bytes_req > 2048") as trace:
-        for _ in range(rounds):
+        while len(addresses) < most and again(addresses) < ENOUGH:
             trace.write_text("")
             vm = kvm.create_vm()
             found = STRUCT_KVM.search(trace.read_text())
             vm.close()
-            if found is not None:
-                addresses.append(found[1])
+            if found is None:
+                break
+            addresses.append(found[1])
     if not addresses:
         pytest.skip("struct kvm is not allocated by kmalloc on this kernel, so its address cannot be seen in kmem/kmalloc")
-    assert len(addresses) == rounds
-    reused = sum(now == before for before, now in itertools.pairwise(addresses))
-    record_property("struct kvm addresses reused", f"{reused} of {rounds - 1}")
-    assert reused > rounds // 4, f"only {reused} of {rounds - 1} VMs came to lie where the one before them had lain"
+    assert found is not None, f"the address of VM {len(addresses)} was not seen"
+    record_property("struct kvm addresses reused", f"{again(addresses)} of {len(addresses)}")
+    assert again(addresses) >= ENOUGH, (
+        f"only {again(addresses)} of {len(addresses)} VMs came to lie where another one had lain"
+    )

@@ -216,6 +216,9 @@ def test_the_kernels_own_tests_are_asked_about_what_is_known(lab: Lab) -> None:
     assert lab.fate("m") == (Fate.KILLED, FIRST, "first")
     assert lab.state.results["m"].kselftest == "survived"
     assert len(lab.runs) == runs
+    lab.campaign(depth="first").run(mutants)  # ours alone, once more
+    assert len(lab.runs) == runs + 1
+    assert lab.state.results["m"].kselftest == "survived"
 
 
 def test_idle_tests_are_asked_by_themselves(lab: Lab) -> None:

@@ -272,10 +272,12 @@ class Campaign:
     def _judged(self, mutant: Mutant, result: Result, kernel: Kernel) -> Result:
         records = self.plan.work / "records" / f"{mutant.id}.jsonl"
         records.parent.mkdir(parents=True, exist_ok=True)
-        known = self.state.results.get(mutant.id)
+        before = known = self.state.results.get(mutant.id)
         try:
             if self.besides is None or known is None or not self._is_decided(known, result):
                 known = self._asked(mutant, result, kernel, records)
+                if before is not None and before.digest == known.digest:
+                    known = replace(known, kselftest=before.kselftest)
             if self.besides is not None and known.fate is not Fate.ERROR:
                 known = self.besides(mutant, known, kernel, records)
         finally:

@@ -27,6 +27,14 @@ BY_AN_ASSERTION: Final = frozenset({How.WRONG_ANSWER, How.LEAK, How.KNOWN_BUG})
 near, and what makes a test skip by none."""
 
 
+Relation = Callable[[str], str]
+"""What a test and a mutant have to have in common, as a function of a row's id."""
+
+RELATIONS: Final[tuple[Relation, ...]] = (str, catalogue.area_of)
+"""First a test is asked about the mutants that break one of its very rows, for they are most likely to make it fail; only if
+none did, about those that break a row of its areas."""
+
+
 @dataclass(frozen=True)
 class Duties:
     """What the selftests are there for, by test function ("selftests/test_x.py::test_y"), read from their source."""
@@ -112,21 +120,13 @@ def idle_tests(duties: Duties, results: Iterable[Result], answers: Answers) -> l
 
 
 def unseen_by(
-    idle: Iterable[str], mutant: Mutant, result: Result | None, duties: Duties, answers: Answers, relation: "Relation"
+    idle: Iterable[str], mutant: Mutant, result: Result | None, duties: Duties, answers: Answers, relation: Relation
 ) -> list[str]:
     """Which of the idle tests concern this mutant and have not been shown it; none where an assertion is not what tells."""
     if result is None or result.fate is not Fate.KILLED or result.how not in BY_AN_ASSERTION:
         return []
     broken, asked = set(map(relation, mutant.breaks)), answers.asked.get(mutant.id, set())
     return [test for test in idle if test not in asked and broken & set(map(relation, duties.rows[test]))]
-
-
-Relation = Callable[[str], str]
-"""What a test and a mutant have to have in common, as a function of a row's id."""
-
-RELATIONS: Final[tuple[Relation, ...]] = (str, catalogue.area_of)
-"""First a test is asked about the mutants that break one of its very rows, for they are most likely to make it fail; only if
-none did, about those that break a row of its areas."""
 
 
 class IdleTests:

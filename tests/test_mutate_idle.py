@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from kvmgmem.mutate.catalogue import Mutant
-from kvmgmem.mutate.idle import Answers, Duties, idle_tests, markdown
-from kvmgmem.mutate.judge import Fate
+from kvmgmem.mutate.guest import Trial
+from kvmgmem.mutate.idle import Answers, Duties, answered, idle_tests, markdown
+from kvmgmem.mutate.judge import Fate, How, Notice
 from kvmgmem.mutate.state import Result
+from kvmgmem.results.records import TestEnd, Verdict
 
 SELFTESTS = """\
 @contract("GM-CRE-001")
@@ -64,6 +68,25 @@ def test_answers_are_on_disk_at_once(tmp_path: Path) -> None:
     assert (again.asked, again.noticed, again.skipped) == ({"m": {"a", "b"}}, {"a": {"m": "no"}}, {"c"})
     again.add({"mutant": "n", "asked": ["a"], "noticed": {}})
     assert Answers.read(path).asked == {"m": {"a", "b"}, "n": {"a"}}
+
+
+@pytest.mark.parametrize(
+    ("ended", "noticed", "done"),
+    [
+        pytest.param([], "", [], id="nothing"),
+        pytest.param(["a[1]"], "", [], id="time ran out in the first"),
+        pytest.param(["a[1]", "a[2]", "b[1]"], "", ["a"], id="time ran out in the last"),
+        pytest.param(["a[1]", "a[2]", "b[1]"], "b[1]", ["a", "b"], id="a failure ended the guest"),
+        pytest.param(["a[1]", "a[2]", "b[1]", "b[2]"], "", ["a", "b"], id="all"),
+        pytest.param(["b[1]", "b[2]"], "", ["a", "b"], id="one that this kernel has no variant of"),
+    ],
+)
+def test_a_test_has_answered_with_its_last_variant(ended: list[str], noticed: str, done: list[str]) -> None:
+    """Or with the failure that ended its guest; not where the guest's time ran out before."""
+    ends = tuple(TestEnd(name, 0.0, Verdict.PASSED) for name in ended)
+    trial = Trial(("a[1]", "a[2]", "b[1]", "b[2]"), ends)
+    notices = [Notice(How.WRONG_ANSWER, noticed, "1 == 0")] if noticed else []
+    assert answered(["a", "b"], trial, notices) == done
 
 
 def test_the_report_counts_each_test_once(tmp_path: Path) -> None:

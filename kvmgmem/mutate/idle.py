@@ -17,9 +17,10 @@ from kvmgmem.contract_report import asserting_tests
 from kvmgmem.errors import HarnessError
 from kvmgmem.mutate.campaign import Campaign
 from kvmgmem.mutate.catalogue import Mutant
-from kvmgmem.mutate.judge import Fate, How, all_notices
+from kvmgmem.mutate.guest import Trial
+from kvmgmem.mutate.judge import Fate, How, Notice, all_notices
 from kvmgmem.mutate.modules import Kernel
-from kvmgmem.mutate.state import Result, append_line
+from kvmgmem.mutate.state import Result, append_line, first_noticers, function_of
 from kvmgmem.results.records import Verdict
 
 BY_AN_ASSERTION: Final = frozenset({How.WRONG_ANSWER, How.LEAK, How.KNOWN_BUG})
@@ -99,20 +100,6 @@ class Answers:
             append_line(self.path, entry)
 
 
-def _function(test: str) -> str:
-    """A node id without its parameters."""
-    return test.partition("[")[0]
-
-
-def first_noticers(results: Iterable[Result]) -> dict[str, list[str]]:
-    """Test function to the mutants that were over with it."""
-    found: dict[str, list[str]] = {}
-    for result in results:
-        if result.fate is Fate.KILLED and result.test:
-            found.setdefault(_function(result.test), []).append(result.mutant)
-    return found
-
-
 def idle_tests(duties: Duties, results: Iterable[Result], answers: Answers) -> list[str]:
     """The tests that have noticed no mutant, assert no rule alone, and were not skipped when they were asked."""
     busy = {*first_noticers(results), *duties.alone, *duties.bugs, *answers.noticed, *answers.skipped}
@@ -144,7 +131,7 @@ class IdleTests:
         if tests:
             self._campaign.need_baseline(tests)
         ends = self._campaign.baseline.answers.items()
-        ran = {_function(name) for name, answer in ends if answer.verdict is not Verdict.SKIPPED}
+        ran = {function_of(name) for name, answer in ends if answer.verdict is not Verdict.SKIPPED}
         if skipped := [test for test in tests if test not in ran]:
             self._answers.add({"skipped": skipped})
         return [mutant for mutant in mutants if self._tests_for(mutant)]
@@ -169,18 +156,30 @@ class IdleTests:
         noticed: dict[str, str] = {}
         asked: list[str] = []
         # Each failure ends the guest: a mutant that leaks or hangs makes every variant of a test wait for its limit.
-        while len(asked) < len(tests):
-            left = tests[len(asked) :]
+        while left := tests[len(asked) :]:
             trial = self._campaign.trial(kernel, records, left)
-            for notice in all_notices(trial, self._campaign.baseline):
+            notices = list(all_notices(trial, self._campaign.baseline))
+            for notice in notices:
                 if notice.how in BY_AN_ASSERTION:
-                    noticed.setdefault(_function(notice.test), notice.reason)
-            ended = {_function(end.test) for end in trial.ends}.intersection(left)
-            if not ended:
+                    noticed.setdefault(function_of(notice.test), notice.reason)
+            done = answered(left, trial, notices)
+            if not done:
                 break
-            asked += left[: 1 + max(map(left.index, ended))]
+            asked += done
         if asked:
             self._answers.add({"mutant": mutant.id, "asked": asked, "noticed": noticed})
+
+
+def answered(tests: Sequence[str], trial: Trial, notices: Iterable[Notice]) -> Sequence[str]:
+    """Those of the tests, which run in this order, that are done: the guest's time may have run out within the last."""
+    ended = {end.test for end in trial.ends}
+    begun = {function_of(test) for test in ended}.intersection(tests)
+    if not begun:
+        return []
+    last = max(map(tests.index, begun))
+    variants = {test for test in trial.planned if function_of(test) == tests[last]}
+    is_done = variants <= ended or tests[last] in {function_of(notice.test) for notice in notices}
+    return tests[: last + is_done]
 
 
 def markdown(duties: Duties, results: Sequence[Result], mutants: Mapping[str, Mutant], answers: Answers) -> list[str]:

@@ -134,6 +134,20 @@ class State:
         return [mutant for mutant in mutants if not is_done(mutant)]
 
 
+def function_of(test: str) -> str:
+    """The test function of a node id: "selftests/test_x.py::test_y[default]" without its parameters."""
+    return test.partition("[")[0]
+
+
+def first_noticers(results: Iterable[Result]) -> dict[str, list[str]]:
+    """Test function to the mutants that were over with it."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        if result.fate is Fate.KILLED and result.test:
+            found.setdefault(function_of(result.test), []).append(result.mutant)
+    return found
+
+
 def append_line(path: Path, entry: Mapping[str, object]) -> None:
     """Add one JSON object to a file of such lines, whose last one may have been cut by whatever ended the run before."""
     with disk_errors(path.parent):

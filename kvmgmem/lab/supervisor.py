@@ -23,7 +23,7 @@ from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import Machine
 from kvmgmem.lab.qemu import Qemu
 from kvmgmem.lab.snapshot import Snapshot, States, states_of
-from kvmgmem.lab.torn_code import SECOND_CHANCES, looks_torn
+from kvmgmem.lab.tcg_faults import SECOND_CHANCES, TcgFault, fault_behind
 from kvmgmem.results.records import Heartbeat, Note, Plan, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict
 from kvmgmem.results.run import collect, exit_code
 from kvmgmem.results.stream import ResultStream
@@ -209,8 +209,9 @@ class Supervisor:
         for verdict in self.done.values():
             counts[verdict.value] = counts.get(verdict.value, 0) + 1
         if code in (ExitCode.OK, ExitCode.NOTHING_RAN, ExitCode.TEST_FAILED):
-            # What the runner says beyond its tests: an internal error of pytest, an interruption.
-            code = gravest([code, *(code_of_part(end.exit) for end in self._guest_ends)])
+            # What the runner says beyond its tests, whose verdicts are known: an internal error of pytest, an interruption.
+            parts = [code_of_part(end.exit) for end in self._guest_ends]
+            code = gravest([code, *(part for part in parts if part is not ExitCode.TEST_FAILED)])
         self.write(RunEnd(now, int(code), counts, tuple(self.left_out)))
         return code
 
@@ -243,7 +244,7 @@ class Lane:
             before = len(self._done) + len(self._second_chances)
             ending = self._boot(replace(self._request.machine, verbose=verbose))
             self._supervisor.runner_output = ending.runner_output
-            if ending.cause is Cause.FINISHED or self._supervisor.stopping:
+            if self._supervisor.stopping or (ending.cause is Cause.FINISHED and not self._owed()):
                 return
             if self._drop_bad_snapshot(ending):
                 continue
@@ -261,7 +262,8 @@ class Lane:
             if self._supervisor.boots >= self._request.boots:
                 self._give_up(f"the guest was started {self._supervisor.boots} times, which is the limit")
                 return
-            self._supervisor.say(f"the guest is started again after: {ending.reason}")
+            why = f"after: {ending.reason}" if ending.reason else "for what is to be begun again"
+            self._supervisor.say(f"the guest is started again {why}")
 
     def stop(self) -> None:
         """End the guest at once, from another thread."""
@@ -324,10 +326,14 @@ class Lane:
         return True
 
     def _is_worth_another(self, ending: Ending) -> bool:
-        return worth_another_boot(ending) or looks_torn(ending.reason, self._request.machine)
+        return worth_another_boot(ending) or fault_behind(Verdict.PANICKED, ending.reason, self._request.machine) is not None
 
     def _remaining(self) -> list[str]:
         return [test for test in self._plan if test not in self._done]
+
+    def _owed(self) -> list[str]:
+        """Tests that the emulator spoilt, and the guest went on to its end after."""
+        return [test for test in self._remaining() if test in self._second_chances]
 
     def _give_up(self, reason: str) -> None:
         self._supervisor.say(f"giving up: {reason}")
@@ -362,23 +368,20 @@ class Lane:
     def write(self, record: Record) -> None:
         """Keep a record, and mind what of the share is done."""
         if isinstance(record, TestEnd):
-            if self._gets_second_chance(record):
-                record = self._second_chance(record)
+            fault = fault_behind(record.verdict, record.reason, self._request.machine)
+            if fault is not None and self._second_chances.count(record.test) < SECOND_CHANCES:
+                record = self._second_chance(record, fault)
             else:
                 self._done.add(record.test)
         if isinstance(record, Plan) and not self._plan:
             self._plan = record.tests
         self._supervisor.write(record)
 
-    def _gets_second_chance(self, end: TestEnd) -> bool:
-        """Whether the emulator did it, so that the test is to be begun again when the guest is."""
-        torn = end.verdict in (Verdict.PANICKED, Verdict.SPLAT) and looks_torn(end.reason, self._request.machine)
-        return torn and self._second_chances.count(end.test) < SECOND_CHANCES
-
-    def _second_chance(self, end: TestEnd) -> Note:
+    def _second_chance(self, end: TestEnd, fault: TcgFault) -> Note:
+        """A note in place of the verdict: the test is begun again with the next boot."""
         self._second_chances.append(end.test)
         what = "the guest" if end.test.startswith(PSEUDO_PREFIX) else end.test
-        text = f"{what} is begun again: {end.reason}, which QEMU's TCG does to kernels that patch their code"
+        text = f"{what} is begun again: {end.reason}; {fault.what}"
         self._supervisor.say(text)
         return Note(time.time(), text)
 

@@ -588,10 +588,7 @@ def test_a_punch_reaches_what_a_trust_domain_shares(kvm: Kvm) -> None:
 @contract("GM-ENC-023")
 @vm_types("default")
 @gmem_kinds("gMS")
-@pytest.mark.parametrize(
-    "entry",
-    [pytest.param(Entry.RESET, marks=requires("unpaged-guests"), id="reset"), pytest.param(Entry.LONG_MODE, id="long-mode")],
-)
+@pytest.mark.parametrize("entry", [pytest.param(Entry.RESET, id="reset"), pytest.param(Entry.LONG_MODE, id="long-mode")])
 def test_a_punch_reaches_what_an_ordinary_guest_sees(vm: Vm, gmem: GuestMemfd, entry: Entry) -> None:
     """The same code in a VM that is no trust domain, where all its memory is shared, sees each punch.
 

@@ -285,13 +285,6 @@ _ALL = [
         "QEMU's TCG breaks kernels that patch their own code while other CPUs run it; give the guest one CPU (--smp 1)",
     ),
     Requirement(
-        "unpaged-guests",
-        # Seen with QEMU 7.2 and Linux 7.3.4: KVM's guest starts in 32-bit code without paging, and the CPU that runs it
-        # answers to nothing any more, not even to NMIs.
-        lambda host: os.environ.get("KVMGMEM_ACCELERATOR") != "tcg",
-        "under QEMU's TCG a guest that starts in 32-bit code without paging takes its CPU along",
-    ),
-    Requirement(
         "direct-io",
         lambda _: _opens_for_direct_io(),
         "the filesystem of the temporary directory refuses O_DIRECT (TMPDIR may name a directory on another one)",

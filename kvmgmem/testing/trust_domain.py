@@ -78,7 +78,9 @@ def start(vcpu: Vcpu, entry: Entry) -> None:
     sregs.cs = {**flat, "type": 11, "selector": 8 if long_mode else 0, "l": long_mode, "db": not long_mode}
     for name in ("ds", "es", "fs", "gs", "ss"):
         setattr(sregs, name, {**flat, "type": 3, "db": 1})
-    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_RESET, 0, 0, _EFER_LME
+    # A trust domain's CR4 has no PAE yet, and without paging it is all the same. But QEMU (7.2 to 11.1) restores the host's
+    # CR0 before its CR4: with EFER.LME and no PAE cpu_x86_update_cr0() leaves paging off, and the host's CPU is lost.
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_RESET, 0, CR4_PAE, _EFER_LME
     if long_mode:
         sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_RESET | _CR0_PG, _TABLES, CR4_PAE, EFER_LONG
     assert vcpu.raw.set_sregs(sregs) == OK

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 import zlib
@@ -100,6 +101,7 @@ class ScriptedQemu(Qemu):
         self._script = list(script)
         self._exit_status = exit_status
         self.started = time.monotonic()
+        self.cpus = 2
         self.complaints: list[str] = []
         self.sent: list[tuple[str, dict[str, Any]]] = []
         self.saves = True
@@ -435,7 +437,20 @@ def test_silence_is_a_hang_and_an_nmi_asks_where(results: Path) -> None:
     assert verdicts(run) == {"a": Verdict.PANICKED}
     assert "no sign of life" in reason(run, "a")
     assert "all CPUs wait" in reason(run, "a")
-    assert (QMP, {"execute": "inject-nmi"}) in scripted.guests[0].sent
+    asked = [
+        message.get("arguments", {}).get("command-line", message["execute"]) for _, message in scripted.guests[0].sent[-4:]
+    ]
+    assert asked == ["info registers -a", "info lapic 0", "info lapic 1", "inject-nmi"]
+
+
+def test_a_hang_says_where_the_cpus_stand(results: Path) -> None:
+    """As QEMU's monitor answers, behind what the console said; also where the kernel answers no NMI."""
+    answer = Line(QMP, json.dumps({"return": "CPU#0\r\nRIP=ffffffff82d0c8d2 CPL=0 HLT=0\r\n"}).encode())
+    silence: list[Line] = []
+    steps = [*console("the last words"), record("test-start", test="a"), *console("late words")]
+    run = Scripted(results, [[*GREETING, RUN_START, plan("a"), *steps], silence, [answer], None]).run()
+    (outcome,) = run.tests
+    assert outcome.end.kernel_log[-2:] == ("late words", "QEMU: CPU 0: rip=ffffffff82d0c8d2 cpl=0 hlt=0")
 
 
 class Starved(ScriptedQemu):
@@ -1038,6 +1053,7 @@ def test_a_hang_and_a_panic_come_with_a_stack(evil_run: Run) -> None:
     logs = {outcome.end.test: "\n".join(outcome.end.kernel_log) for outcome in evil_run.tests}
     assert "sysrq_handle_crash" in logs["panics"]
     assert "Call Trace" in logs["spins"] or "RIP:" in logs["spins"]
+    assert re.search(r"^QEMU: CPU 0: rip=[0-9a-f]{16} .*\bcr0=8[0-9a-f]{7}\b", logs["spins"], re.MULTILINE)
 
 
 def test_a_real_guest_goes_on_from_its_kept_state(guest: Machine, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab import guest_gcov
+from kvmgmem.lab.cpu_states import CpuStates, questions
 from kvmgmem.lab.ending import Cause, Ending, init_failure, internal_error, silence_text
 from kvmgmem.lab.guest_init import PROTOCOL
 from kvmgmem.lab.limits import Limits
@@ -122,6 +123,7 @@ class Boot:
         self._boot_pardoned = 0.0
         self._nmi_since: float | None = None
         self._silence_text = ""
+        self._cpus = CpuStates()
         if resumed is not None:
             for text in resumed.console():
                 self._on_console(text)
@@ -277,9 +279,13 @@ class Boot:
             message = json.loads(text)
         except ValueError:
             return
-        if self._resumed is not None and isinstance(message, dict) and goes_on(message):
+        if not isinstance(message, dict):
+            return
+        if self._resumed is not None and goes_on(message):
             self._go_on()
-        if isinstance(message, dict) and message.get("event") == "SHUTDOWN":
+        if isinstance(answer := message.get("return"), str):
+            self._cpus.take(answer)
+        if message.get("event") == "SHUTDOWN":
             self._shutdown_reason = str(message.get("data", {}).get("reason", "unknown"))
             self._alive()
 
@@ -421,16 +427,18 @@ class Boot:
             return None
         used = self._qemu.cpu_seconds() - self._sign_cpu
         self._silence_text = silence_text(silent, used)
+        for command in questions(self._qemu.cpus):
+            self._qemu.qmp("human-monitor-command", **{"command-line": command})
         # unknown_nmi_panic is on the kernel's command line: a kernel that still takes an NMI says where it stands.
         self._qemu.qmp("inject-nmi")
         self._nmi_since = now
         return None
 
     def _hang_ending(self) -> Ending:
-        splats = find_splats(self._window)
+        splats, cpus = find_splats(self._window), self._cpus.lines()
         if splats:
-            return Ending(Cause.HANG, f"{self._silence_text} [{splats[-1].fingerprint}]", splats[-1].lines)
-        return Ending(Cause.HANG, self._silence_text, self._excerpt())
+            return Ending(Cause.HANG, f"{self._silence_text} [{splats[-1].fingerprint}]", (*splats[-1].lines, *cpus))
+        return Ending(Cause.HANG, self._silence_text, (*self._excerpt(), *cpus))
 
     def _fatal_ending(self) -> Ending:
         splats = [splat for splat in find_splats(self._window) if splat.fatal]

@@ -415,10 +415,15 @@ def test_a_guest_that_was_left_twice_is_no_verdict(results: Path) -> None:
     assert exit_code(run) == ExitCode.OK
 
 
+SHUT_DOWN = "AssertionError: exit=OtherExit(reason=<ExitReason.SHUTDOWN: 8>), expired=False; rip=0xfff0 rdi=0x0 rax=0x0"
+
+
 @pytest.mark.parametrize(
     ("machine", "why", "boots"),
     [
         pytest.param(MACHINE, SPOILT, 6, id="every time"),
+        pytest.param(MACHINE, SHUT_DOWN, 2, id="shutdown, twice"),
+        pytest.param(replace(MACHINE, accelerator="kvm"), SHUT_DOWN, 1, id="shutdown on a processor"),
         pytest.param(MACHINE, SPOILT.replace("rip=0xffffffff816c6b8c", "rip=0xd000017b"), 1, id="guest's own"),
         pytest.param(replace(MACHINE, accelerator="kvm"), SPOILT, 1, id="not emulated"),
     ],

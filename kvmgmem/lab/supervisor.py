@@ -23,7 +23,7 @@ from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import Machine
 from kvmgmem.lab.qemu import Qemu
 from kvmgmem.lab.snapshot import Snapshot, States, states_of
-from kvmgmem.lab.tcg_faults import SECOND_CHANCES, TcgFault, fault_behind
+from kvmgmem.lab.tcg_faults import TcgFault, fault_behind
 from kvmgmem.results.records import Heartbeat, Note, Plan, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict
 from kvmgmem.results.run import collect, exit_code
 from kvmgmem.results.stream import ResultStream
@@ -369,7 +369,7 @@ class Lane:
         """Keep a record, and mind what of the share is done."""
         if isinstance(record, TestEnd):
             fault = fault_behind(record.verdict, record.reason, self._request.machine)
-            if fault is not None and self._second_chances.count(record.test) < SECOND_CHANCES:
+            if fault is not None and self._second_chances.count(record.test) < fault.chances:
                 record = self._second_chance(record, fault)
             else:
                 self._done.add(record.test)

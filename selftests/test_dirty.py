@@ -277,8 +277,8 @@ def test_the_log_of_a_slot_moves_along(vm: Vm, cpu: GuestCpu, memory: Mapping) -
     cpu.store(PLAIN_GPA + 3 * PAGE_SIZE, STAMP)
     moved = plain(memory.address).but(gpa=GPA)
     assert vm.raw.set_region(moved) == OK
-    # Read before the log is: kernels may map a page that is read writable at once, and log it then (6.12 does).
-    assert cpu.load(moved.gpa + 3 * PAGE_SIZE) == STAMP
     assert vm.dirty_pages(PLAIN_SLOT, PAGES) == {3}
+    # Kernels may map a page that is read writable at once, and log it then (6.12 does).
+    assert cpu.load(moved.gpa + 3 * PAGE_SIZE) == STAMP
     cpu.store(moved.gpa + 5 * PAGE_SIZE, STAMP)
-    assert vm.dirty_pages(PLAIN_SLOT, PAGES) == {5}
+    assert vm.dirty_pages(PLAIN_SLOT, PAGES) - {3} == {5}

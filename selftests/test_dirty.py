@@ -278,7 +278,8 @@ def test_the_log_of_a_slot_moves_along(vm: Vm, cpu: GuestCpu, memory: Mapping) -
     moved = plain(memory.address).but(gpa=GPA)
     assert vm.raw.set_region(moved) == OK
     assert vm.dirty_pages(PLAIN_SLOT, PAGES) == {3}
-    # Kernels may map a page that is read writable at once, and log it then (6.12 does).
     assert cpu.load(moved.gpa + 3 * PAGE_SIZE) == STAMP
+    # Kernels may map a page that is read writable at once, and log it then (6.12 does).
+    assert vm.dirty_pages(PLAIN_SLOT, PAGES) <= {3}
     cpu.store(moved.gpa + 5 * PAGE_SIZE, STAMP)
-    assert vm.dirty_pages(PLAIN_SLOT, PAGES) - {3} == {5}
+    assert vm.dirty_pages(PLAIN_SLOT, PAGES) == {5}

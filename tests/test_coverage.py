@@ -42,11 +42,12 @@ from kvmgmem.lab.counters import CounterFiles
 from kvmgmem.lab.guest_gcov import COUNTERS, END, messages
 from kvmgmem.lab.kbuild import COUNTED_FOLDERS
 from kvmgmem.lab.kernels import Kernel, keep_coverage_notes
+from kvmgmem.lab.lane import Lane
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import CONTROL, RESULTS
 from kvmgmem.lab.machine import Machine as QemuMachine
 from kvmgmem.lab.qemu import Line, Qemu
-from kvmgmem.lab.supervisor import Lane, Request, Supervisor
+from kvmgmem.lab.supervisor import Request, Supervisor
 
 FILE = "virt/kvm/guest_memfd.c"
 SOURCE = """\

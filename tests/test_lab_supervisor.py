@@ -24,11 +24,12 @@ from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import kernels
 from kvmgmem.lab.ending import Cause, Ending, init_failure, no_test_started, silence_text
 from kvmgmem.lab.initramfs import ImageRequest, archive, build_image
+from kvmgmem.lab.lane import Lane
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import CONSOLE, CONTROL, QMP, RESULTS, Machine, require_kernel_image, require_qemu
 from kvmgmem.lab.qemu import MAX_LINE, Line, LineCutter, Qemu
 from kvmgmem.lab.result_channel import split_garbage
-from kvmgmem.lab.supervisor import Lane, Request, Supervisor
+from kvmgmem.lab.supervisor import Request, Supervisor
 from kvmgmem.results.records import Verdict
 from kvmgmem.results.run import Run, exit_code, read_run
 

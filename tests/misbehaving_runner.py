@@ -216,7 +216,7 @@ def main(args: Sequence[str], plugins: Sequence["Selection"] = ()) -> int:
         return 5
     path = next(word.removeprefix("--results=") for word in args if word.startswith("--results="))
     wanted = [word for word in args if word in TESTS] or list(TESTS)
-    _, _, done = plugins[0].wait()
+    done = plugins[0].wait()["done"]
     channel = Channel(path)
     channel.record("run-start", schema=1, run="0" * 32, circumstances=CIRCUMSTANCES)
     tests = [name for name in wanted if name not in done]

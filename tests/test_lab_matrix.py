@@ -1,9 +1,14 @@
 """The matrix: which columns there are, how they run side by side, what is kept and what is done again."""
 
 import argparse
+import io
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -174,3 +179,80 @@ def test_a_column_that_ends_without_a_word_is_the_harness_fault(
     monkeypatch.setattr(matrix, "_command", lambda column, args: (sys.executable, "-c", ""))
     assert run_matrix(arguments(kernels / "out", "7.3")) == ExitCode.HARNESS
     assert "7.3: did not come to a first record: it said nothing; see " in capsys.readouterr().out
+
+
+ASKED = """
+import os, sys, time
+from pathlib import Path
+results, text = Path(sys.argv[1]), sys.argv[2]
+results.write_text(text)
+time.sleep(float(sys.argv[3]))
+os.set_blocking(0, False)
+try:
+    told = os.read(0, 10).decode()
+except BlockingIOError:
+    told = ""
+Path(str(results) + ".asked").write_text(told)
+"""
+
+
+def ask_columns(monkeypatch: pytest.MonkeyPatch, left: dict[str, float], lasts: dict[str, float]) -> None:
+    """Columns that have so many seconds left, and take so many."""
+
+    def command(column: Column, args: argparse.Namespace) -> tuple[str, ...]:
+        text = a_run(column.kernel.name, Verdict.PASSED)
+        return (sys.executable, "-c", ASKED, str(column.results), text, str(lasts[column.kernel.name]))
+
+    monkeypatch.setattr(matrix, "_command", command)
+    monkeypatch.setattr(matrix, "_seconds_left", lambda column: left[column.kernel.name])
+
+
+@pytest.mark.parametrize(
+    ("left", "jobs", "asked"),
+    [
+        ((20, 30), 3, ("", "2")),
+        ((30, 20), 3, ("2", "")),
+        ((20, 30), 4, ("2", "2")),
+        ((20, 30), 2, ("", "")),
+        ((9, 8), 4, ("", "")),
+    ],
+    ids=["the second", "the first", "both", "no room", "not worth it"],
+)
+def test_a_free_core_goes_to_who_has_most_left(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch, left: tuple[float, float], jobs: int, asked: tuple[str, str]
+) -> None:
+    """When no column waits, a second guest is asked for on a column's standard input, once, where that is worth it."""
+    names = ("7.2", "7.3")
+    ask_columns(monkeypatch, dict(zip(names, left, strict=True)), dict.fromkeys(names, 1.5))
+    run_matrix(arguments(kernels / "out", *names, jobs=jobs))
+    assert tuple((kernels / "out" / f"{name}.jsonl.asked").read_text() for name in names) == asked
+
+
+def test_no_second_guest_while_a_column_waits(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two guests at once and three columns, only the one that is alone at the end gets another."""
+    lasts = {"7.3": 1.0, "7.2": 0.5, "6.12": 2.0}
+    ask_columns(monkeypatch, dict.fromkeys(lasts, 100.0), lasts)
+    run_matrix(arguments(kernels / "out", *lasts, jobs=2))
+    asked = {name: (kernels / "out" / f"{name}.jsonl.asked").read_text() for name in lasts}
+    assert asked == {"7.3": "", "7.2": "", "6.12": "2"}
+
+
+def test_what_is_left_is_told_from_what_is_done(kernels: Path) -> None:
+    """Ten tests in 20 s leave 50 s for 25 more; a debug kernel's column must have more left to be worth a guest."""
+    (column,) = plan(["7.3"], [], kernels)
+    assert matrix._seconds_left(column) == 0.0
+    tests = json.dumps([f"t::{number}" for number in range(35)])
+    column.results.write_text('{"record":"plan","tests":' + tests + "}\n" + '{"record":"test-end"}\n' * 10)
+    column.started = time.monotonic() - 20
+    assert 49 < matrix._seconds_left(column) < 55
+    (slow,) = plan(["7.3-debug"], [], kernels)
+    slow.results.write_text(column.results.read_text())
+    slow.started = column.started
+    for candidate, worth in ((slow, b""), (column, b"2")):
+        told = io.BytesIO()
+        candidate.process = cast("subprocess.Popen[bytes]", SimpleNamespace(stdin=told))
+        matrix._help([candidate])
+        assert told.getvalue() == worth
+        assert candidate.helped == bool(worth)
+    matrix._help([column])
+    assert told.getvalue() == b"2"

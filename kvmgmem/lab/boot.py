@@ -63,6 +63,9 @@ class Account(Protocol):
     def write(self, record: Record) -> None:
         """Keep a record."""
 
+    def takes(self, test: str) -> bool:
+        """Whether a test that this guest begins is its own; not where another guest has begun it before."""
+
     def note_run_start(self, start: RunStart) -> None:
         """Keep a runner's circumstances."""
 
@@ -110,6 +113,8 @@ class Boot:
         self._word_sent = False
         self._run_started = False
         self._run_ended = False
+        self._met = False
+        """Whether this guest has come to what another one does: there is nothing left for it."""
         self._goodbye: dict[str, Any] | None = None
         self._shutdown_reason = ""
         self._garbage: list[str] = []
@@ -146,6 +151,8 @@ class Boot:
                 if self._fatal is Kind.OOPS and self._run_started and self._open is None:
                     # The test has its verdict, and no further one may run on this kernel, nor be heard of.
                     return self._fatal_ending()
+                if self._met:
+                    return Ending(Cause.FINISHED, "another guest has the rest of the tests")
             if self._qemu.ended:
                 return self._ending_of_qemu()
             if ending := self._overdue(time.monotonic()):
@@ -320,6 +327,9 @@ class Boot:
             case TestStart():
                 self._close_lost_test()
                 self._between_tests()
+                if not self._account.takes(record.test):
+                    self._met = True
+                    return
                 self._open = record
                 self._open_since = time.monotonic()
                 self._account.note_first_test(self._open_since - self._qemu.started)

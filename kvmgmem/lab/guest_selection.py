@@ -14,8 +14,9 @@ import pytest
 class Selection:
     """A pytest plugin that waits, when the tests are collected, for the word to begin, and keeps what that says.
 
-    The word holds `share`, the number of this guest and how many there are: it does every n-th test; and `done`, exact node
-    ids: --deselect matches prefixes, and would take test_ab along with test_a.
+    The word holds `share`, the number of this guest and how many there are: it does every n-th test; `done`, exact node
+    ids: --deselect matches prefixes, and would take test_ab along with test_a; and `backwards`, for a guest that begins with
+    the last one and comes towards another.
     """
 
     def __init__(self, await_word: Callable[[], dict[str, Any]]) -> None:
@@ -25,16 +26,19 @@ class Selection:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Before anybody opens the results or plans anything."""
-        number, guests, done = self.wait()
+        word = self.wait()
+        number, guests = word.get("share", (0, 1))
+        done = frozenset(word.get("done", ()))
         everything = list(session.items)
         session.items[:] = [item for item in everything[number::guests] if item.nodeid not in done]
+        if word.get("backwards"):
+            session.items.reverse()
         if dropped := set(everything).difference(session.items):
             session.config.hook.pytest_deselected(items=list(dropped))
         gc.enable()
 
-    def wait(self) -> tuple[int, int, frozenset[str]]:
-        """The number of this guest, how many there are, and the tests that are done."""
+    def wait(self) -> dict[str, Any]:
+        """What this guest is told when it knows its tests."""
         word = self._await_word()
         random.seed()  # what was there before may have been kept, and be the same in two guests
-        number, guests = word.get("share", (0, 1))
-        return number, guests, frozenset(word.get("done", ()))
+        return word

@@ -31,8 +31,10 @@ def packed(module: Path) -> str:
 class Lane:
     """One of a run's guests, started again until its share of the tests is done; the account of one boot's `Boot`."""
 
-    def __init__(self, supervisor: "Supervisor", number: int) -> None:
+    def __init__(self, supervisor: "Supervisor", number: int, backwards: bool = False) -> None:
+        """`backwards` for one that begins with the last test, and comes towards the guest that began with the first."""
         self.number = number
+        self._backwards = backwards
         self._supervisor = supervisor
         self._request = supervisor.request
         self._plan: tuple[str, ...] = ()
@@ -136,7 +138,8 @@ class Lane:
         return worth_another_boot(ending) or fault_behind(Verdict.PANICKED, ending.reason, self._request.machine) is not None
 
     def _remaining(self) -> list[str]:
-        return [test for test in self._plan if test not in self._done]
+        elsewhere = self._supervisor.taken_from(self)
+        return [test for test in self._plan if test not in self._done and test not in elsewhere]
 
     def _owed(self) -> list[str]:
         """Tests that the emulator spoilt, and the guest went on to its end after."""
@@ -145,7 +148,7 @@ class Lane:
     def _give_up(self, reason: str) -> None:
         self._supervisor.say(f"giving up: {reason}")
         self.write(Note(time.time(), reason))
-        for test in self._remaining():
+        for test in self._supervisor.left_by(self, self._remaining(), reason):
             self.write(TestEnd(test, time.time(), Verdict.NOT_RUN, reason=reason))
 
     # -- what a boot reports
@@ -169,8 +172,14 @@ class Lane:
         }
 
     def word(self) -> dict[str, Any]:
-        """What it is told when it knows its tests: its share of them, and those that are done."""
-        return {"share": [self.number, self._request.guests], "done": sorted(self._done)}
+        """What it is told when it knows its tests: its share of them, those that are done, and the end to begin with."""
+        share = [0, 1] if self._backwards else [self.number, self._request.guests]
+        done = self._done | self._supervisor.taken_from(self)
+        return {"share": share, "done": sorted(done), "backwards": self._backwards}
+
+    def takes(self, test: str) -> bool:
+        """Whether a test that the guest begins is its own."""
+        return self._supervisor.takes(self, test)
 
     def write(self, record: Record) -> None:
         """Keep a record, and mind what of the share is done."""

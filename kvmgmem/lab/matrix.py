@@ -2,7 +2,7 @@
 
 Every column is one `kvmgmem vm` in a process of its own, which writes its records into the output directory. A column whose
 records are complete, and were made by the same command on the same image, is kept; so a matrix that was interrupted goes on
-where it stopped.
+where it stopped. When no column waits for a core any more, the one with the most left to do gets a second guest.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from kvmgmem.results.outputs import WRITERS, write_file
 from kvmgmem.results.run import Run, exit_code, read_run
 
 GUEST_MEMORY_MIB = 1536
+WORTH_A_GUEST = 10.0
+"""Seconds that a base kernel's column must have left for a second guest, which is at its first test after three."""
 CLEAR_LINE = "\r\033[K"
 SUFFIXES = {"ktap": ".ktap", "junit": ".junit.xml", "markdown": ".md"}
 
@@ -45,6 +47,9 @@ class Column:
     process: "subprocess.Popen[bytes] | None" = None
     status: int | None = None
     kept: bool = field(default=False)
+    started: float = 0.0
+    helped: bool = False
+    """Whether it was given a second guest."""
 
     @property
     def name(self) -> str:
@@ -136,6 +141,7 @@ def _command(column: Column, args: argparse.Namespace) -> tuple[str, ...]:
         f"--kernel={column.kernel.name}",
         f"--accel={args.accel}",
         "--jobs=1",
+        "--second-guest-on-demand",
     ]
     words += [] if column.variant is PLAIN else [f"--variant={column.variant.name}"]
     return (*words, f"--results={column.results}", "--", *args.pytest_args)
@@ -165,6 +171,8 @@ def _run(columns: list[Column], jobs: int) -> None:
     while waiting or running:
         while waiting and len(running) < jobs:
             running.append(_start(waiting.pop(0)))
+        if len(running) + sum(column.helped for column in running) < jobs:
+            _help(running)
         time.sleep(0.2)
         for column in running:
             assert column.process is not None
@@ -177,6 +185,7 @@ def _run(columns: list[Column], jobs: int) -> None:
         for column in columns:
             if column.status is not None and column.process is not None:
                 print(f"{CLEAR_LINE if sys.stdout.isatty() else ''}{column.name}: {_progress(column)} done", flush=True)
+                _close_stdin(column.process)
                 column.process = None
 
 
@@ -190,19 +199,48 @@ def _start(column: Column) -> Column:
     column.results.unlink(missing_ok=True)
     column.results.with_suffix(".key").write_text(json.dumps(column.key()))
     with column.results.with_suffix(".log").open("wb") as log:
-        column.process = subprocess.Popen(column.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        column.process = subprocess.Popen(column.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
+    column.started = time.monotonic()
     return column
 
 
 def _progress(column: Column) -> str:
-    """Tests done of tests planned, by counting records; cheap enough to do while they are written."""
+    """Tests done of tests planned."""
+    done, planned = _counts(column)
+    return f"{done}/{planned}" if planned else "booting"
+
+
+def _counts(column: Column) -> tuple[int, int]:
+    """Tests done and tests planned, by counting records; cheap enough to do while they are written."""
     planned, done = 0, 0
     with contextlib.suppress(OSError), column.results.open() as lines:
         for line in lines:
             if line.startswith('{"record":"plan"'):
                 planned = max(planned, len(json.loads(line)["tests"])) if line.endswith("\n") else planned
             done += line.startswith('{"record":"test-end"')
-    return f"{done}/{planned}" if planned else "booting"
+    return done, planned
+
+
+def _help(running: Sequence[Column]) -> None:
+    """Have the column that has most left to do start a second guest, if that is worth it."""
+    alone = [column for column in running if not column.helped]
+    if not alone:
+        return
+    column = max(alone, key=_seconds_left)
+    if _seconds_left(column) < WORTH_A_GUEST * FLAVOUR_SLOWNESS.get(column.kernel.flavour or "", 1.0):
+        return
+    column.helped = True
+    assert column.process is not None
+    assert column.process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has just ended
+        column.process.stdin.write(b"2")
+        column.process.stdin.flush()
+
+
+def _seconds_left(column: Column) -> float:
+    """How long the tests that it has not done will take one guest, if they are like those that it has done."""
+    done, planned = _counts(column)
+    return (time.monotonic() - column.started) / done * (planned - done) if done else 0.0
 
 
 def _stop(columns: Sequence[Column]) -> None:
@@ -216,6 +254,13 @@ def _stop(columns: Sequence[Column]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    for process in alive:
+        _close_stdin(process)
+
+
+def _close_stdin(process: "subprocess.Popen[bytes]") -> None:
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _report(columns: Sequence[Column], directory: Path) -> int:

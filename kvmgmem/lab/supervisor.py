@@ -1,7 +1,8 @@
 """The supervisor: whatever the kernel under test does, every test gets a verdict, and the verdict names its cause.
 
 It stands outside the guest, writes the guest's records to the host's file as they come, and when a guest dies charges that
-to the open test, boots again, and has the remaining tests run. Several guests may share the tests of one run.
+to the open test, boots again, and has the remaining tests run. Several guests may share the tests of one run, from its
+beginning, or a second one from the other end when there is room for it.
 """
 
 import shlex
@@ -82,6 +83,13 @@ class Supervisor:
         self._plan: dict[str, None] = {}
         self._guest_ends: list[RunEnd] = []
         self._lock = threading.RLock()
+        self._lanes: list[Lane] = []
+        self._threads: list[threading.Thread] = []
+        self._errors: list[BaseException] = []
+        self._helper: Lane | None = None
+        self._taken: dict[str, int] = {}
+        """By which guest each test was begun."""
+        self._gave_up = "no guest came to it"
 
     def run(self) -> ExitCode:
         """Boot, supervise, boot again; returns what the records amount to.
@@ -89,44 +97,98 @@ class Supervisor:
         Without a single record if there was nothing to run (--collect-only). Raises HarnessError if not one test could be
         started; its code is KERNEL if the kernel died of itself.
         """
-        lanes = [Lane(self, number) for number in range(self.request.guests)]
         try:
-            if len(lanes) == 1:
-                lanes[0].run()
-            else:
-                self._run_side_by_side(lanes)
+            self._drive([Lane(self, number) for number in range(self.request.guests)])
             return self._finish() if self.records else ExitCode.OK
         finally:
             self._stream.close()
             if self._console:
                 self._console.close()
 
-    def _run_side_by_side(self, lanes: Sequence[Lane]) -> None:
+    def _drive(self, lanes: Sequence[Lane]) -> None:
         """One thread for each guest. Whatever ends the wait for them, Ctrl-C too, ends the guests first."""
-        errors: list[BaseException] = []
+        for lane in lanes:
+            self._start_lane(lane)
+        try:
+            for thread in self._threads:  # one more may come meanwhile
+                thread.join()
+        finally:
+            with self._lock:
+                self.stopping = True
+            for lane in self._lanes:
+                lane.stop()
+            for thread in self._threads:
+                thread.join()
+        if self._helper is not None:
+            for test in [test for test in self._plan if test not in self.done]:
+                self.write(TestEnd(test, time.time(), Verdict.NOT_RUN, reason=self._gave_up))
+        for error in self._errors:
+            # With few tests, a guest may have none to run.
+            if len(lanes) == 1 or not (is_nothing_to_run(error) and self.records):
+                raise error
 
-        def drive(lane: Lane) -> None:
+    def _start_lane(self, lane: Lane) -> None:
+        def drive() -> None:
             try:
                 lane.run()
             except BaseException as error:
-                errors.append(error)
+                if lane is self._helper and isinstance(error, HarnessError):
+                    self._without_help(error)
+                else:
+                    self._errors.append(error)
 
-        threads = [threading.Thread(target=drive, args=(lane,), name=f"guest {lane.number}") for lane in lanes]
-        for thread in threads:
+        thread = threading.Thread(target=drive, name=f"guest {lane.number}")
+        with self._lock:
+            self._lanes.append(lane)
+            self._threads.append(thread)
             thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        finally:
-            self.stopping = True
-            for lane in lanes:
-                lane.stop()
-            for thread in threads:
-                thread.join()
-        for error in errors:
-            # With few tests, a guest may have none to run.
-            if not (isinstance(error, HarnessError) and error.code is ExitCode.NOTHING_RAN and self.records):
-                raise error
+
+    # -- a second guest for what is left
+
+    def add_guest(self) -> bool:
+        """Have a second guest begin with the last test and come towards the first; they stop where they meet.
+
+        False where that cannot be: there are several guests already, the one is done, or counters are wanted, which a
+        guest that is stopped on its way does not hand over.
+        """
+        with self._lock:
+            alone = self.request.guests == len(self._lanes) == 1 and self._threads[0].is_alive()
+            if not alone or self.stopping or self.request.counters is not None:
+                return False
+            self._helper = Lane(self, 1, backwards=True)
+            self._start_lane(self._helper)
+            return True
+
+    def _without_help(self, error: HarnessError) -> None:
+        """The second guest came to nothing: what it has not done is the first one's."""
+        with self._lock:
+            self._release(1)
+            if not is_nothing_to_run(error):
+                self.say(f"there is no second guest: {error.message}")
+
+    def takes(self, lane: Lane, test: str) -> bool:
+        """Whether a test is for this guest to run: it is the first to begin it."""
+        with self._lock:
+            return self._taken.setdefault(test, lane.number) == lane.number
+
+    def taken_from(self, lane: Lane) -> set[str]:
+        """The tests that the other of two guests has begun or done that come towards each other."""
+        with self._lock:
+            if self._helper is None:
+                return set()
+            return {test for test, number in self._taken.items() if number != lane.number}
+
+    def left_by(self, lane: Lane, remaining: Sequence[str], why: str) -> list[str]:
+        """What nobody runs if this guest gives up with so much remaining; where two share it, the end will tell."""
+        with self._lock:
+            if self._helper is None:
+                return list(remaining)
+            self._release(lane.number)
+            self._gave_up = why
+            return []
+
+    def _release(self, number: int) -> None:
+        self._taken = {test: taker for test, taker in self._taken.items() if taker != number or test in self.done}
 
     # -- the account: called by every guest's thread
 
@@ -206,3 +268,8 @@ class Supervisor:
             code = gravest([code, *(part for part in parts if part is not ExitCode.TEST_FAILED)])
         self.write(RunEnd(now, int(code), counts, tuple(self.left_out)))
         return code
+
+
+def is_nothing_to_run(error: BaseException) -> bool:
+    """Whether a guest only says that there was no test for it."""
+    return isinstance(error, HarnessError) and error.code is ExitCode.NOTHING_RAN

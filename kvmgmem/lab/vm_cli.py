@@ -1,8 +1,10 @@
 """`kvmgmem vm`: the selftests in a QEMU guest, supervised, with the same summary and exit code as on a host."""
 
 import argparse
+import os
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,6 +59,8 @@ def add_vm_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("--selftests", metavar="DIR", help="the tests to run (default: those of kvmgmem)")
     parser.add_argument("--require", default="", metavar="NAMES", help="requirements whose lack is a failure, not a skip")
     parser.add_argument("--trace", metavar="DIR", help="record every call of each test in a file of its own there")
+    # What `matrix` says on standard input when a core has become free: any byte is for a second guest.
+    parser.add_argument("--second-guest-on-demand", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--shell", action="store_true", help="a shell in the guest instead of the selftests")
     parser.add_argument("--gdb", action="store_true", help="stop before the first instruction, for a debugger")
     add_output_options(parser)
@@ -209,12 +213,20 @@ def _supervise(
         environment={} if args.variant == "plain" else {"KVMGMEM_VARIANT": args.variant},
     )
     supervisor = Supervisor(request, progress)
+    if args.second_guest_on_demand:
+        threading.Thread(target=_await_demand, args=(supervisor,), name="demand", daemon=True).start()
     supervisor.run()
     if supervisor.first_test_after is not None:
         guests = f"{request.guests} guests, " if request.guests > 1 else ""
         boots = "1 boot" if supervisor.boots == 1 else f"{supervisor.boots} boots"
         progress.note(f"first test after {supervisor.first_test_after:.1f} s, {guests}{boots}")
     return supervisor
+
+
+def _await_demand(supervisor: Supervisor) -> None:
+    """Give the run a second guest when whoever started us says that there is room for one."""
+    if os.read(0, 1):
+        supervisor.add_guest()
 
 
 def _may_resume(args: argparse.Namespace, accelerator: Accelerator) -> bool:

@@ -194,6 +194,37 @@ def test_end(request):
         assert (check.step.call, check.step.on, check.wanted) == ("lives", "vm0", 0)
 
 
+def test_a_process_that_dies_waiting_for_its_test_costs_none(pytester: pytest.Pytester) -> None:
+    """Each is forked while the last test ends; whatever kills it before it is told a test, the test has another one."""
+    pytester.makeconftest(
+        """
+import os, signal
+from kvmgmem.testing import isolation
+def pytest_runtest_logfinish():
+    for pid in WAITING:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        print("killed", pid)
+    WAITING.clear()
+WAITING = set()
+keep = isolation.keep
+def note(pid):
+    WAITING.add(pid)
+    keep(pid)
+isolation.keep = note
+release = isolation.release
+def forget(pid):
+    WAITING.discard(pid)
+    release(pid)
+isolation.release = forget
+"""
+    )
+    outcome = run(pytester, "\ndef test_a(kvm): pass\ndef test_b(kvm): pass\ndef test_c(kvm): pass\n", "-s")
+    assert outcome.verdicts() == {"test_a": "passed", "test_b": "passed", "test_c": "passed"}, outcome.text
+    assert outcome.text.count("killed") == 2
+    assert outcome.status == ExitCode.OK
+
+
 def test_crash_hang_and_failure_cost_one_test_each(pytester: pytest.Pytester) -> None:
     """A dead process, an endless one and a failed assertion are told apart, and the tests after them run."""
     outcome = run(

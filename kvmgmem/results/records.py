@@ -178,12 +178,13 @@ def to_line(record: Record) -> str:
 
     Raises ValueError for a number that JSON lacks (NaN, infinity).
     """
-    fields = asdict(record)
+    fields = dict(vars(record))
     head: dict[str, Any] = {"record": _KIND_OF[type(record)]}
     if isinstance(record, RunStart):
         head["schema"] = SCHEMA
+        circumstances = asdict(record.circumstances)
         # A key of this version outranks one of the same name among the unknown ones.
-        fields["circumstances"] = {**fields["circumstances"].pop("extra"), **fields["circumstances"]}
+        fields["circumstances"] = {**circumstances.pop("extra"), **circumstances}
     return json.dumps({**head, **fields}, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from _pytest.runner import runtestprotocol
 
 from kvmgmem.testing.known_bugs import LEDGER
 from kvmgmem.testing.leaks import Snapshot, left_behind
+from kvmgmem.testing.proc_files import read_whole
 
 PR_SET_CHILD_SUBREAPER = 36
 KILL_GRACE = 5.0
@@ -50,39 +52,107 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def run_isolated(item: pytest.Item, limit: float) -> ChildOutcome:
-    """Run setup, call and teardown of one test in a forked process, for at most `limit` seconds."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    reader, writer = os.pipe()
-    dump = os.memfd_create("kvmgmem-stacks")
-    try:
-        pid = os.fork()
-        if pid == 0:
-            os.close(reader)
-            _child(item, writer, dump)
-        os.close(writer)
-        outcome = ChildOutcome(pids={pid})
+@dataclass(frozen=True)
+class _Fork:
+    """A process that waits to be told its test: where it is told, where it reports, where it dumps its stacks."""
+
+    pid: int
+    orders: int
+    reports: int
+    dump: int
+
+    def close(self) -> None:
+        for fd in (self.orders, self.reports, self.dump):
+            os.close(fd)
+
+
+class Isolation:
+    """Runs each test in a process of its own.
+
+    The next one is forked while the last one ends: each takes as long as a small test, for there are the page tables of
+    forty megabytes to be copied and to be taken down. Not earlier: a test that watches the kernel's memory would see it.
+    """
+
+    def __init__(self, items: Sequence[pytest.Item]) -> None:
+        self._items = list(items)
+        self._numbers = {item: number for number, item in enumerate(self._items)}
+        self._waiting: _Fork | None = None
+
+    def run(self, item: pytest.Item, limit: float) -> ChildOutcome:
+        """Run setup, call and teardown of one test in a forked process, for at most `limit` seconds."""
+        child = self._begin(self._numbers[item])
+        outcome = ChildOutcome(pids={child.pid})
         try:
-            text = _read_until_closed(reader, limit, outcome)
-            if outcome.timed_out:
-                outcome.where = _where_it_hangs(pid, dump)
-        except KeyboardInterrupt:
-            outcome.timed_out = True
-            _reap(pid, outcome)
-            _end_strays(outcome)
-            raise
+            try:
+                text = _read_until_closed(child.reports, limit, outcome)
+                if outcome.timed_out:
+                    outcome.where = _where_it_hangs(child.pid, child.dump)
+                elif self._numbers[item] + 1 < len(self._items):
+                    with contextlib.suppress(OSError):  # no memory just now; the next test will ask again
+                        self._waiting = self._fork(child)
+            except KeyboardInterrupt:
+                outcome.timed_out = True
+                _reap(child.pid, outcome)
+                _end_strays(outcome)
+                raise
+            _reap(child.pid, outcome)
         finally:
-            os.close(reader)
-        _reap(pid, outcome)
-    finally:
-        os.close(dump)
-    _end_strays(outcome)
-    _parse(item, text, outcome)
-    return outcome
+            child.close()
+        _end_strays(outcome)
+        _parse(item, text, outcome)
+        return outcome
+
+    def close(self) -> None:
+        """Send away the process that waits for a further test."""
+        child, self._waiting = self._waiting, None
+        if child is not None:
+            child.close()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child.pid, 0)
+            release(child.pid)
+
+    def _begin(self, number: int) -> _Fork:
+        """Tell a waiting process which test is its own; or a new one, if there is none or it has not lived so long."""
+        order = number.to_bytes(8, "little")
+        if self._waiting is not None:
+            child, self._waiting = self._waiting, None
+            release(child.pid)
+            with contextlib.suppress(BrokenPipeError):
+                os.write(child.orders, order)
+                return child
+            child.close()
+            os.waitpid(child.pid, 0)
+        child = self._fork()
+        release(child.pid)
+        os.write(child.orders, order)
+        return child
+
+    def _fork(self, current: _Fork | None = None) -> _Fork:
+        """A process that waits for its order, without what belongs to the `current` one."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ordered, orders = os.pipe()
+        reports, reported = os.pipe()
+        dump = os.memfd_create("kvmgmem-stacks")
+        try:
+            pid = os.fork()
+        except OSError:
+            for fd in (ordered, orders, reports, reported, dump):
+                os.close(fd)
+            raise
+        if pid == 0:
+            os.close(orders)
+            os.close(reports)
+            if current is not None:
+                current.close()
+            _child(self._items, ordered, reported, dump)
+        os.close(ordered)
+        os.close(reported)
+        keep(pid)
+        return _Fork(pid, orders, reports, dump)
 
 
-def _child(item: pytest.Item, writer: int, dump: int) -> None:
+def _child(items: Sequence[pytest.Item], ordered: int, reported: int, dump: int) -> None:
     """The test's own process; never returns."""
     try:
         os.setsid()
@@ -91,25 +161,51 @@ def _child(item: pytest.Item, writer: int, dump: int) -> None:
         # A collection in the middle of a test would write to all that the runner holds, and so copy it: megabytes, which
         # a test of memory charges sees as its own (7.3.4 base, a whole run: 3.7 MB).
         gc.freeze()
-        before = Snapshot.of_a_fork()
-        start = time.perf_counter()
-        reports = runtestprotocol(item, log=False, nextitem=None)
-        seconds = time.perf_counter() - start
-        _send(
-            writer,
-            {
-                "reports": [item.config.hook.pytest_report_to_serializable(config=item.config, report=r) for r in reports],
-                "bugs_shown": sorted(LEDGER.shown),
-                "bugs_absent": sorted(LEDGER.absent - LEDGER.shown),
-                # After a failure the traceback still holds the test's objects.
-                "leaks": [] if any(report.failed for report in reports) else left_behind(before),
-                "seconds": seconds,
-            },
-        )
+        before = Snapshot.of_a_fork(without=ordered)
+        order = os.read(ordered, 8)
+        os.close(ordered)
+        if order:
+            _run(items[int.from_bytes(order, "little")], before, reported)
     except BaseException:
         os.write(2, traceback.format_exc().encode())
         os._exit(70)
     os._exit(0)
+
+
+def _run(item: pytest.Item, before: Snapshot, reported: int) -> None:
+    start = time.perf_counter()
+    reports = runtestprotocol(item, log=False, nextitem=None)
+    seconds = time.perf_counter() - start
+    _send(
+        reported,
+        {
+            "reports": [_packed(item, report) for report in reports],
+            "bugs_shown": sorted(LEDGER.shown),
+            "bugs_absent": sorted(LEDGER.absent - LEDGER.shown),
+            # After a failure the traceback still holds the test's objects.
+            "leaks": [] if any(report.failed for report in reports) else left_behind(before),
+            "seconds": seconds,
+        },
+    )
+
+
+PLAIN = frozenset(vars(pytest.TestReport("", ("", None, ""), {}, "passed", None, "call")))
+"""What a report holds that nobody has added anything to."""
+
+
+def _packed(item: pytest.Item, report: pytest.TestReport) -> dict[str, Any]:
+    """A report on its way to the runner: of a phase that passed without a word, only what the runner does not know."""
+    if report.passed and not report.sections and vars(report).keys() == PLAIN:
+        return {name: getattr(report, name) for name in ("when", "duration", "start", "stop", "user_properties")}
+    return {"whole": item.config.hook.pytest_report_to_serializable(config=item.config, report=report)}
+
+
+def _unpacked(item: pytest.Item, data: dict[str, Any]) -> pytest.TestReport:
+    if "whole" in data:
+        report: pytest.TestReport = item.config.hook.pytest_report_from_serializable(config=item.config, data=data["whole"])
+        return report
+    data["user_properties"] = [tuple(pair) for pair in data["user_properties"]]
+    return pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "passed", None, **data)
 
 
 def _send(writer: int, message: dict[str, Any]) -> None:
@@ -193,9 +289,8 @@ def _end_strays(outcome: ChildOutcome) -> None:
 
 
 def _children() -> list[psutil.Process]:
-    quick = Path(f"/proc/self/task/{os.getpid()}/children")
     try:
-        pids = [int(word) for word in quick.read_text().split()]
+        pids = [int(word) for word in read_whole(f"/proc/self/task/{os.getpid()}/children").split()]
     except OSError:
         return psutil.Process().children()
     return [psutil.Process(pid) for pid in pids if pid not in _KEEP and psutil.pid_exists(pid)]
@@ -209,13 +304,17 @@ def keep(pid: int) -> None:
     _KEEP.add(pid)
 
 
+def release(pid: int) -> None:
+    """A child that was kept is one like others again."""
+    _KEEP.discard(pid)
+
+
 def _parse(item: pytest.Item, text: bytes, outcome: ChildOutcome) -> None:
     try:
         message = json.loads(text)
     except ValueError:
         return
-    hook = item.config.hook
-    outcome.reports = [hook.pytest_report_from_serializable(config=item.config, data=data) for data in message["reports"]]
+    outcome.reports = [_unpacked(item, data) for data in message["reports"]]
     outcome.bugs_shown = tuple(message["bugs_shown"])
     outcome.bugs_absent = tuple(message["bugs_absent"])
     outcome.leaks = message["leaks"]

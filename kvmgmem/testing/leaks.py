@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from kvmgmem import syscalls
 from kvmgmem.errors import KvmError
+from kvmgmem.testing.kvm_mappings import kvm_mappings
 from kvmgmem.testing.waiting import TIME_SCALE
 
 FD_DIRECTORY = "/proc/self/fd"
 THREAD_LIMIT = 0.5
-KVM_MAPPINGS = ("kvm-vcpu", "kvm-vm", "kvm-gmem")
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,20 @@ class Snapshot:
     @classmethod
     def take(cls) -> "Snapshot":
         """What this process holds now."""
-        return cls(_fds(), len(os.listdir("/proc/self/task")), _kvm_mappings("self"))
+        return cls(_fds(), len(os.listdir("/proc/self/task")), kvm_mappings("self"))
 
     @classmethod
-    def of_a_fork(cls) -> "Snapshot":
+    def of_a_fork(cls, without: int) -> "Snapshot":
         """What this process holds, which has just been forked: one thread, and mappings that its parent has as well.
+
+        The descriptor `without` is about to be closed.
 
         The latter are left out: reading a hundred libraries' mappings takes a twentieth of the time of a test that does
         nothing, and whoever finds no mapping of KVM's at the test's end need not know which there were (`left_behind`).
         """
-        return cls(_fds(), 1, ())
+        fds = _fds()
+        fds.pop(without, None)
+        return cls(fds, 1, ())
 
 
 def _fds() -> dict[int, str]:
@@ -46,27 +50,6 @@ def _fds() -> dict[int, str]:
         except OSError:
             continue  # the descriptor of the listing itself
     return found
-
-
-def _kvm_mappings(process: str) -> tuple[str, ...]:
-    maps = _read_whole(f"/proc/{process}/maps")
-    # Hundreds of lines that are of no interest; they are only taken apart where one is. (Our own library's path has "kvm".)
-    if not any(name.encode() in maps for name in KVM_MAPPINGS):
-        return ()
-    lines = maps.decode(errors="replace").splitlines()
-    return tuple(line.split(maxsplit=5)[5] for line in lines if any(name in line for name in KVM_MAPPINGS))
-
-
-def _read_whole(path: str) -> bytes:
-    """Read a file of /proc without the layers of `open`: this is done after every test."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        chunks = [os.read(fd, 1 << 16)]
-        while chunks[-1]:
-            chunks.append(os.read(fd, 1 << 16))
-    finally:
-        os.close(fd)
-    return b"".join(chunks)
 
 
 def left_behind(before: Snapshot) -> list[str]:
@@ -86,7 +69,7 @@ def left_behind(before: Snapshot) -> list[str]:
         after = Snapshot.take()
     if after.mappings:
         with contextlib.suppress(OSError):  # of a test that has given up its right to look: all of them are new then
-            before = replace(before, mappings=_kvm_mappings(str(os.getppid())))
+            before = replace(before, mappings=kvm_mappings(str(os.getppid())))
     return [*_new_fds(before, after), *_new_threads(before, after), *_new_mappings(before, after)]
 
 

@@ -35,7 +35,7 @@ from kvmgmem.results.records import (
 )
 from kvmgmem.results.stream import ResultStream
 from kvmgmem.testing import debugfs, requirements
-from kvmgmem.testing.isolation import ChildOutcome, adopt_orphans, keep, run_isolated
+from kvmgmem.testing.isolation import ChildOutcome, Isolation, adopt_orphans, keep
 from kvmgmem.testing.kernel_log import KernelLog
 from kvmgmem.testing.lifetime import GONE_LIMIT, LifetimeWatch, WatchError, debugfs_vms
 from kvmgmem.testing.requirements import REQUIREMENTS, Requirement
@@ -94,6 +94,7 @@ class Session:
         self.watch = watch
         keep(watch.pid)
         self._still_alive: set[int] = set()
+        self._isolation = Isolation(())
         self.trace_of: Callable[[str], Path | None] = lambda test: None
         """Where a test is recorded, if it is."""
         self.tell_outlived: Callable[[str, Sequence[str]], None] = lambda test, directories: None
@@ -107,6 +108,7 @@ class Session:
         """Write the circumstances and the plan, and say what cannot be watched."""
         self.write(RunStart(uuid.uuid4().hex, time.time(), self.circumstances()))
         self.write(Plan(tuple(item.nodeid for item in items)))
+        self._isolation = Isolation(items)
         _warm_up()
         # Every test is forked from here: what the collector never looks at again is never copied by a child's collection.
         gc.collect()
@@ -150,7 +152,7 @@ class Session:
         start = time.perf_counter()
         outcome = ChildOutcome(complete=True)
         try:
-            outcome = run_isolated(item, limit)
+            outcome = self._isolation.run(item, limit)
             judged = self._judge(outcome, limit, reported_bugs_of(item))
         except Exception as error:  # ours, not the kernel's: it costs this test, and not those after it
             why = f"the runner failed: {type(error).__name__}: {error}"
@@ -265,7 +267,8 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Stop the watches and close the results."""
+        """Stop the watches, send away what waits for a further test, and close the results."""
+        self._isolation.close()
         self.watch.close()
         self.log.close()
         self.stream.close()

@@ -1,10 +1,12 @@
 """The model of the contract, the sequences made on it, and what a search does with what disagrees; no kernel is asked."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import pytest
@@ -441,6 +443,32 @@ def test_faults_are_found_and_shrunk(monkeypatch: pytest.MonkeyPatch, fault: Fau
     assert len({each.fingerprint for each in found}) == len(found)
     assert all(each.again for each in found)
     assert min(len(each.steps) for each in found) <= 5, found
+
+
+@pytest.fixture
+def selftest() -> ModuleType:
+    """The selftest that plays the model, which asks hypothesis only where more effort is wanted."""
+    path = Path(__file__).parent.parent / "selftests" / "test_model.py"
+    spec = importlib.util.spec_from_file_location("selftest_of_the_model", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_hypothesis_looks_elsewhere(monkeypatch: pytest.MonkeyPatch, selftest: ModuleType) -> None:
+    """It draws as many sequences as it is asked for, and a planted fault comes out of it shrunk, as out of a seed."""
+    monkeypatch.setattr(selftest, "play", a_player(None))
+    tally = searching.Tally()
+    selftest.by_hypothesis(REFERENCE, lambda steps: None, 20, tally)
+    assert tally.sequences == 20
+    assert tally.steps > 100
+    for module in (selftest, searching):
+        monkeypatch.setattr(module, "play", a_player(punch_forgets_the_last_page))
+    with pytest.raises(AssertionError, match="the shortest sequence found") as caught:
+        selftest.by_hypothesis(REFERENCE, lambda steps: None, 60, searching.Tally())
+    assert len(str(caught.value).splitlines()) < 10
 
 
 def test_known_bugs_are_named_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

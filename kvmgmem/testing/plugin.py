@@ -281,8 +281,9 @@ def _exit_code(run: Session, exitstatus: int) -> int:
     return ExitCode.OK if ran else ExitCode.NOTHING_RAN
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter", config: pytest.Config) -> None:
     """The summary by contract area, unless the command line tool writes its own."""
+    # The annotation is a string because pytest has that name only from 8.4 on (seen: 8.0.0 to 8.3.5 do not).
     results = config.stash.get(RESULTS, None)
     if results is None or os.environ.get("KVMGMEM_NO_SUMMARY"):
         return

@@ -69,11 +69,13 @@ class _Fork:
 class Isolation:
     """Runs each test in a process of its own.
 
-    The next one is forked while the last one ends: each takes as long as a small test, for there are the page tables of
-    forty megabytes to be copied and to be taken down. Not earlier: a test that watches the kernel's memory would see it.
+    The next one is forked while the last one ends, if `ahead`: each takes as long as a small test, for there are the page
+    tables of forty megabytes to be copied and to be taken down. Not earlier: a test that watches the kernel's memory would
+    see it.
     """
 
-    def __init__(self, items: Sequence[pytest.Item]) -> None:
+    def __init__(self, items: Sequence[pytest.Item], ahead: bool = True) -> None:
+        self._ahead = ahead
         self._items = list(items)
         self._numbers = {item: number for number, item in enumerate(self._items)}
         self._waiting: _Fork | None = None
@@ -87,7 +89,7 @@ class Isolation:
                 text = _read_until_closed(child.reports, limit, outcome)
                 if outcome.timed_out:
                     outcome.where = _where_it_hangs(child.pid, child.dump)
-                elif self._numbers[item] + 1 < len(self._items):
+                elif self._ahead and self._numbers[item] + 1 < len(self._items):
                     with contextlib.suppress(OSError):  # no memory just now; the next test will ask again
                         self._waiting = self._fork(child)
             except KeyboardInterrupt:

@@ -88,6 +88,7 @@ class ScriptedQemu(Qemu):
         self.complaints: list[str] = []
         self.sent: list[tuple[str, dict[str, Any]]] = []
         self.saves = True
+        self.last_words: list[Line] = []
         self.process: Any = SimpleNamespace(poll=lambda: exit_status)
 
     def close(self) -> None:
@@ -106,8 +107,9 @@ class ScriptedQemu(Qemu):
         return (step() if callable(step) else step) or []
 
     def wait_for_console(self, timeout: float) -> list[Line]:
-        """Nothing more than the script has."""
-        return []
+        """What it says last, once."""
+        lines, self.last_words = self.last_words, []
+        return lines
 
     def send(self, channel: str, message: dict[str, Any]) -> None:
         """Remember what the guest or the monitor was told."""

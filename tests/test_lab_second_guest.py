@@ -17,6 +17,7 @@ from scripted_guests import (
     RUN_START,
     Scripted,
     Step,
+    console,
     control,
     passing,
     plan,
@@ -115,6 +116,25 @@ def test_two_guests_meet_and_stop_there(results: Path) -> None:
     (word,) = scripted.guests[1].words
     assert (word["backwards"], word["share"], word["done"]) == (True, [0, 1], ["a", "b"])
     assert scripted.guests[0].words[0]["backwards"] is False
+
+
+def test_what_the_kernel_says_last_is_heard(results: Path) -> None:
+    """The console may lag: a complaint about the last test of a guest that is stopped where they meet is not lost."""
+    helper_is_there, await_helper = event()
+    ask = Asking()
+    first: list[Step] = [[*GREETING, RUN_START, plan("a", "b"), *passing("a")], ask, await_helper, [begins("b")]]
+    second: list[Step] = [[*GREETING, RUN_START, plan("b"), begins("b")], helper_is_there, [ends("b"), begins("a")]]
+    scripted = ask.of(Scripted(results, first, second))
+    complaint = console(
+        "[    2.000001] ------------[ cut here ]------------",
+        "[    2.000002] WARNING: virt/kvm/x.c:1 at bind+0x1/0x2, CPU#0: x/1",
+        "[    2.000003] ---[ end trace 0000000000000000 ]---",
+    )
+    scripted.guests[0].last_words = complaint
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PASSED, "kernel::between-tests#1": Verdict.SPLAT}
+    assert "virt/kvm/x.c:1" in reason(run, "kernel::between-tests#1")
+    assert "(after a)" in reason(run, "kernel::between-tests#1")
 
 
 def test_a_guest_that_panics_goes_on_with_what_the_other_has_not(results: Path) -> None:

@@ -33,6 +33,9 @@ RUNNER_GRACE = 2.0
 GARBAGE_LIMIT = 1 << 20
 """Bytes of garbage on the result channel after which the guest is given up."""
 
+LAST_WORDS_SECONDS = 0.1
+"""What the console may lag behind the result channel."""
+
 BLOCK_SECONDS = 1.0
 """What the rest of a complaint may take to arrive from the serial console, once its first line has."""
 
@@ -326,9 +329,10 @@ class Boot:
                 self._account.note_run_start(record)
             case TestStart():
                 self._close_lost_test()
-                self._between_tests()
                 if not self._account.takes(record.test):
-                    self._met = True
+                    self._hear_out()
+                self._between_tests()
+                if self._met:
                     return
                 self._open = record
                 self._open_since = time.monotonic()
@@ -376,6 +380,13 @@ class Boot:
                 return
             for line in self._qemu.wait_for_console(0.05):
                 self._on_console(line.text)
+
+    def _hear_out(self) -> None:
+        """This guest is about to be stopped on its way: what the console has still to say is heard first."""
+        self._met = True
+        for line in self._qemu.wait_for_console(LAST_WORDS_SECONDS):
+            self._on_console(line.text)
+        self._complete_block()
 
     def _close_lost_test(self, why: str = "") -> None:
         """A test whose end never came, because another one begins or the run is over; `why` is what the runner said."""

@@ -1,5 +1,6 @@
 """A second guest for what is left of a run: the two come towards each other, and every test has one verdict."""
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from scripted_guests import (
 
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab.guest_selection import Selection
+from kvmgmem.lab.lane import Lane
 from kvmgmem.lab.qemu import Line
 from kvmgmem.lab.supervisor import Supervisor
 from kvmgmem.results.records import Verdict
@@ -78,11 +80,10 @@ def ends(test: str) -> Line:
     return record("test-end", test=test, verdict="passed")
 
 
-def starts(results: Path) -> list[str]:
-    """The tests that were begun, by the records, each as often as it was."""
-    return sorted(
-        line.split('"test":"')[1].split('"')[0] for line in results.read_text().splitlines() if "test-start" in line
-    )
+def told(results: Path, kind: str) -> list[str]:
+    """The tests in records of this kind, each as often as there is one."""
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    return sorted(found["test"] for found in records if found["record"] == kind)
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_two_guests_meet_and_stop_there(results: Path) -> None:
     run = scripted.run()
     assert ask.added == [True]
     assert verdicts(run) == dict.fromkeys(EVERY, Verdict.PASSED)
-    assert starts(results) == list(EVERY)
+    assert told(results, "test-start") == told(results, "test-end") == list(EVERY)
     assert run.complete
     assert exit_code(run) == ExitCode.OK
     (word,) = scripted.guests[1].words
@@ -165,7 +166,7 @@ def test_a_guest_that_panics_goes_on_with_what_the_other_has_not(results: Path) 
     assert verdicts(run) == {**dict.fromkeys("bcde", Verdict.PASSED), "a": Verdict.PANICKED}
     assert scripted.guests[2].words[0]["done"] == ["a", "d", "e"]
     assert scripted.guests[2].words[0]["backwards"] is False
-    assert starts(results) == list(EVERY)
+    assert told(results, "test-start") == told(results, "test-end") == list(EVERY)
 
 
 def test_what_one_gives_up_the_other_does(results: Path) -> None:
@@ -191,6 +192,7 @@ def test_what_one_gives_up_the_other_does(results: Path) -> None:
     scripted = ask.of(Scripted(results, first, second, nothing))
     run = scripted.run()
     assert verdicts(run) == {"a": Verdict.PANICKED, "b": Verdict.PASSED, "c": Verdict.PASSED}
+    assert told(results, "test-end") == ["a", "b", "c"]
     assert run.complete
 
 
@@ -238,6 +240,25 @@ def test_not_every_run_takes_a_second_guest(results: Path, request_: dict[str, A
     assert ask.added == [False]
     assert verdicts(run) == {"a": Verdict.PASSED}
     assert scripted.supervisor.add_guest() is False
+
+
+def test_one_of_several_guests_that_are_still_to_start_is_not_alone(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demand that comes between the start of the first and that of the second is no demand for a third."""
+    asked, await_asked = event()
+    ask = Asking()
+    start = Supervisor._start_lane
+
+    def start_late(supervisor: Supervisor, lane: Lane) -> None:
+        if lane.number == 1:
+            await_asked()
+        start(supervisor, lane)
+
+    monkeypatch.setattr(Supervisor, "_start_lane", start_late)
+    script: list[Step] = [[*GREETING, RUN_START, plan("a")], ask, asked, [*passing("a"), RUN_END, GOODBYE]]
+    share: list[Step] = [[*GREETING, control("goodbye", exit=5, signal=None, output="")]]
+    run = ask.of(Scripted(results, script, share, guests=2)).run()
+    assert ask.added == [False]
+    assert verdicts(run) == {"a": Verdict.PASSED}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import matrix
 from kvmgmem.lab.kernels import Kernel
-from kvmgmem.lab.matrix import Column, plan, run_matrix
+from kvmgmem.lab.matrix import Column, Tally, plan, run_matrix
 from kvmgmem.lab.variants import VARIANTS, lookup
 from kvmgmem.results.records import Circumstances, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict, to_line
 
@@ -235,6 +235,26 @@ def test_no_second_guest_while_a_column_waits(kernels: Path, monkeypatch: pytest
     run_matrix(arguments(kernels / "out", *lasts, jobs=2))
     asked = {name: (kernels / "out" / f"{name}.jsonl.asked").read_text() for name in lasts}
     assert asked == {"7.3": "", "7.2": "", "6.12": "2"}
+
+
+def test_records_are_counted_while_they_are_written(tmp_path: Path) -> None:
+    """Each line counts once and when it is whole, wherever the file was cut when looked at; no file counts nothing."""
+    tally, records = Tally(), tmp_path / "records"
+    tally.count(records)
+    assert (tally.done, tally.planned) == (0, 0)
+    text = '{"record":"plan","tests":["a","b","c"]}\n' + '{"record":"test-start"}\n{"record":"test-end"}\n' * 3
+    whole = [text[: end + 1].count('"test-end"') for end, character in enumerate(text) if character == "\n"]
+    seen: list[int] = []
+    with records.open("w") as file:
+        for start in range(0, len(text), 5):
+            file.write(text[start : start + 5])
+            file.flush()
+            tally.count(records)
+            lines = text[: start + 5].count("\n")
+            assert tally.done == (whole[lines - 1] if lines else 0)
+            assert tally.planned == (3 if lines else 0)
+            seen.append(tally.done)
+    assert sorted(set(seen)) == [0, 1, 2, 3]
 
 
 def test_what_is_left_is_told_from_what_is_done(kernels: Path) -> None:

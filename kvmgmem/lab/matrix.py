@@ -37,6 +37,28 @@ SUFFIXES = {"ktap": ".ktap", "junit": ".junit.xml", "markdown": ".md"}
 
 
 @dataclass
+class Tally:
+    """Tests done and tests planned, counted from records as they come: five times a second for each column."""
+
+    done: int = 0
+    planned: int = 0
+    counted: int = 0
+    """Bytes of the file that have been looked at: whole lines only."""
+
+    def count(self, records: Path) -> None:
+        """Look at what has been added to a file of records; one that is not there adds nothing."""
+        with contextlib.suppress(OSError), records.open("rb") as file:
+            file.seek(self.counted)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # it is being written
+                self.counted += len(line)
+                if line.startswith(b'{"record":"plan"'):
+                    self.planned = max(self.planned, len(json.loads(line)["tests"]))
+                self.done += line.startswith(b'{"record":"test-end"')
+
+
+@dataclass
 class Column:
     """One kernel on one machine, and the process that tries it."""
 
@@ -50,6 +72,7 @@ class Column:
     started: float = 0.0
     helped: bool = False
     """Whether it was given a second guest."""
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def name(self) -> str:
@@ -206,19 +229,8 @@ def _start(column: Column) -> Column:
 
 def _progress(column: Column) -> str:
     """Tests done of tests planned."""
-    done, planned = _counts(column)
-    return f"{done}/{planned}" if planned else "booting"
-
-
-def _counts(column: Column) -> tuple[int, int]:
-    """Tests done and tests planned, by counting records; cheap enough to do while they are written."""
-    planned, done = 0, 0
-    with contextlib.suppress(OSError), column.results.open() as lines:
-        for line in lines:
-            if line.startswith('{"record":"plan"'):
-                planned = max(planned, len(json.loads(line)["tests"])) if line.endswith("\n") else planned
-            done += line.startswith('{"record":"test-end"')
-    return done, planned
+    column.tally.count(column.results)
+    return f"{column.tally.done}/{column.tally.planned}" if column.tally.planned else "booting"
 
 
 def _help(running: Sequence[Column]) -> None:
@@ -239,8 +251,9 @@ def _help(running: Sequence[Column]) -> None:
 
 def _seconds_left(column: Column) -> float:
     """How long the tests that it has not done will take one guest, if they are like those that it has done."""
-    done, planned = _counts(column)
-    return (time.monotonic() - column.started) / done * (planned - done) if done else 0.0
+    tally = column.tally
+    tally.count(column.results)
+    return (time.monotonic() - column.started) / tally.done * (tally.planned - tally.done) if tally.done else 0.0
 
 
 def _stop(columns: Sequence[Column]) -> None:

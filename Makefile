@@ -6,7 +6,7 @@ PY    := $(VENV)/bin/python
 NATIVE := $(wildcard native/*.c native/*.h) native/build_native.py setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup guest-tools selftest test lint check bench-harness clean
+.PHONY: help setup guest-tools guest-kernel selftest test lint check bench-harness clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -21,11 +21,15 @@ selftest: setup ## run the selftests on this machine's KVM, or in a QEMU guest i
 	@if $(VENV)/bin/kvmgmem selftest --which | grep -q '^guest'; then scripts/setup-guest; fi
 	@$(VENV)/bin/kvmgmem selftest
 
-test: setup guest-tools lint check ## lint, the harness's own tests, the selftests here (if there is KVM) and in a QEMU guest
+test: setup guest-tools lint guest-kernel check ## lint, the harness's own tests, the selftests here (if there is KVM) and in a QEMU guest
 	@$(VENV)/bin/kvmgmem selftest --both
 
 guest-tools:
 	@scripts/setup-guest
+
+# Before `check`, whose tests of the supervisor are skipped where there is no kernel that real guests could boot.
+guest-kernel: setup guest-tools
+	@$(VENV)/bin/kvmgmem kernel build >/dev/null || echo "kvmgmem: the supervisor's tests with real guests are skipped" >&2
 
 lint: setup ## ruff, mypy, and a build of the C with all warnings as errors
 	$(VENV)/bin/ruff check .

@@ -205,6 +205,7 @@ def ask_columns(monkeypatch: pytest.MonkeyPatch, left: dict[str, float], lasts: 
 
     monkeypatch.setattr(matrix, "_command", command)
     monkeypatch.setattr(matrix, "_seconds_left", lambda column: left[column.kernel.name])
+    monkeypatch.setattr(matrix, "_seconds_to_a_test", lambda _column: 5.0)
 
 
 @pytest.mark.parametrize(
@@ -241,10 +242,11 @@ def test_records_are_counted_while_they_are_written(tmp_path: Path) -> None:
     """Each line counts once and when it is whole, wherever the file was cut when looked at; no file counts nothing."""
     tally, records = Tally(), tmp_path / "records"
     tally.count(records)
-    assert (tally.done, tally.planned) == (0, 0)
+    assert (tally.done, tally.planned, tally.first_test) == (0, 0, 0.0)
     text = '{"record":"plan","tests":["a","b","c"]}\n' + '{"record":"test-start"}\n{"record":"test-end"}\n' * 3
     whole = [text[: end + 1].count('"test-end"') for end, character in enumerate(text) if character == "\n"]
     seen: list[int] = []
+    began = text.index('start"}') + 7
     with records.open("w") as file:
         for start in range(0, len(text), 5):
             file.write(text[start : start + 5])
@@ -253,12 +255,13 @@ def test_records_are_counted_while_they_are_written(tmp_path: Path) -> None:
             lines = text[: start + 5].count("\n")
             assert tally.done == (whole[lines - 1] if lines else 0)
             assert tally.planned == (3 if lines else 0)
+            assert bool(tally.first_test) == (start + 5 > began)
             seen.append(tally.done)
     assert sorted(set(seen)) == [0, 1, 2, 3]
 
 
 def test_what_is_left_is_told_from_what_is_done(kernels: Path) -> None:
-    """Ten tests in 20 s leave 50 s for 25 more; a debug kernel's column must have more left to be worth a guest."""
+    """Ten tests in 20 s leave 50 s for 25 more, worth a guest that takes 20 s to its first test, not 30."""
     (column,) = plan(["7.3"], [], kernels)
     assert matrix._seconds_left(column) == 0.0
     tests = json.dumps([f"t::{number}" for number in range(35)])
@@ -268,7 +271,9 @@ def test_what_is_left_is_told_from_what_is_done(kernels: Path) -> None:
     (slow,) = plan(["7.3-debug"], [], kernels)
     slow.results.write_text(column.results.read_text())
     slow.started = column.started
-    for candidate, worth in ((slow, b""), (column, b"2")):
+    slow.tally.first_test, column.tally.first_test = slow.started + 30, column.started + 20
+    (booting,) = plan(["7.2"], [], kernels)
+    for candidate, worth in ((booting, b""), (slow, b""), (column, b"2")):
         told = io.BytesIO()
         candidate.process = cast("subprocess.Popen[bytes]", SimpleNamespace(stdin=told))
         matrix._help([candidate])

@@ -8,6 +8,7 @@ where it stopped. When no column waits for a core any more, the one with the mos
 import argparse
 import contextlib
 import json
+import math
 import re
 import signal
 import subprocess
@@ -30,8 +31,8 @@ from kvmgmem.results.outputs import WRITERS, write_file
 from kvmgmem.results.run import Run, exit_code, read_run
 
 GUEST_MEMORY_MIB = 1536
-WORTH_A_GUEST = 10.0
-"""Seconds that a base kernel's column must have left for a second guest, which is at its first test after three."""
+WORTH_A_GUEST = 2.0
+"""What a column must have left for a second guest, as a factor on the time that its first one took to its first test."""
 CLEAR_LINE = "\r\033[K"
 SUFFIXES = {"ktap": ".ktap", "junit": ".junit.xml", "markdown": ".md"}
 
@@ -44,6 +45,8 @@ class Tally:
     planned: int = 0
     counted: int = 0
     """Bytes of the file that have been looked at: whole lines only."""
+    first_test: float = 0.0
+    """When the first test was seen to have begun, by time.monotonic(); 0 until then."""
 
     def count(self, records: Path) -> None:
         """Look at what has been added to a file of records; one that is not there adds nothing."""
@@ -55,6 +58,8 @@ class Tally:
                 self.counted += len(line)
                 if line.startswith(b'{"record":"plan"'):
                     self.planned = max(self.planned, len(json.loads(line)["tests"]))
+                if not self.first_test and line.startswith(b'{"record":"test-start"'):
+                    self.first_test = time.monotonic()
                 self.done += line.startswith(b'{"record":"test-end"')
 
 
@@ -239,7 +244,7 @@ def _help(running: Sequence[Column]) -> None:
     if not alone:
         return
     column = max(alone, key=_seconds_left)
-    if _seconds_left(column) < WORTH_A_GUEST * FLAVOUR_SLOWNESS.get(column.kernel.flavour or "", 1.0):
+    if _seconds_left(column) < WORTH_A_GUEST * _seconds_to_a_test(column):
         return
     column.helped = True
     assert column.process is not None
@@ -254,6 +259,11 @@ def _seconds_left(column: Column) -> float:
     tally = column.tally
     tally.count(column.results)
     return (time.monotonic() - column.started) / tally.done * (tally.planned - tally.done) if tally.done else 0.0
+
+
+def _seconds_to_a_test(column: Column) -> float:
+    """How long its first guest took to its first test; infinite if there was none yet."""
+    return column.tally.first_test - column.started if column.tally.first_test else math.inf
 
 
 def _stop(columns: Sequence[Column]) -> None:

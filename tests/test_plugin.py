@@ -12,6 +12,7 @@ import pytest
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.kvm import Kvm
 from kvmgmem.processes import Channel, ChildProcess
+from kvmgmem.testing.emulated_cpus import rcu_threads
 from kvmgmem.testing.waiting import TIME_SCALE, wait_until
 from kvmgmem.trace.expectation import find_check
 from kvmgmem.trace.steps import load
@@ -110,6 +111,35 @@ LEAKS = {
     ),
     "a_process": ("os.fork() or time.sleep(30)", "process"),
 }
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+def test_the_runner_leaves_emulated_cpus_to_the_tests(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, accelerator: str
+) -> None:
+    """Under TCG the runner keeps to the first CPU; a test may run on all, there as elsewhere."""
+    monkeypatch.setenv("KVMGMEM_ACCELERATOR", accelerator)
+    cpus = os.sched_getaffinity(0)
+    runners = {min(cpus)} if accelerator == "tcg" else cpus
+    outcome = run(
+        pytester,
+        f"""
+def test_it(kvm):
+    assert os.sched_getaffinity(0) == {cpus}
+    assert os.sched_getaffinity(os.getppid()) == {runners}
+""",
+    )
+    assert outcome.verdicts() == {"test_it": "passed"}, outcome.text
+
+
+def test_only_the_threads_of_rcu_are_rcus(tmp_path: Path) -> None:
+    """They are told by their names; what has no name (any more) is none of them."""
+    for pid, name in ((1, "init"), (15, "rcu_preempt"), (16, "rcu_exp_gp_kthr"), (17, "rcuc/0"), (18, "kworker/0:0-rcu_gp")):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "comm").write_text(f"{name}\n")
+    (tmp_path / "19").mkdir()
+    assert sorted(rcu_threads(tmp_path)) == [15, 16]
 
 
 def test_leaks_of_every_kind_fail_the_test(pytester: pytest.Pytester) -> None:

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,12 @@ class Isolation:
 
     The next one is forked while the last one ends, if `ahead`: each takes as long as a small test, for there are the page
     tables of forty megabytes to be copied and to be taken down. Not earlier: a test that watches the kernel's memory would
-    see it.
+    see it. A test may run on all of `cpus`, where the runner may not.
     """
 
-    def __init__(self, items: Sequence[pytest.Item], ahead: bool = True) -> None:
+    def __init__(self, items: Sequence[pytest.Item], ahead: bool = True, cpus: Set[int] = frozenset()) -> None:
         self._ahead = ahead
+        self._cpus = cpus
         self._items = list(items)
         self._numbers = {item: number for number, item in enumerate(self._items)}
         self._waiting: _Fork | None = None
@@ -147,16 +148,18 @@ class Isolation:
             os.close(reports)
             if current is not None:
                 current.close()
-            _child(self._items, ordered, reported, dump)
+            _child(self._items, self._cpus, ordered, reported, dump)
         os.close(ordered)
         os.close(reported)
         keep(pid)
         return _Fork(pid, orders, reports, dump)
 
 
-def _child(items: Sequence[pytest.Item], ordered: int, reported: int, dump: int) -> None:
+def _child(items: Sequence[pytest.Item], cpus: Set[int], ordered: int, reported: int, dump: int) -> None:
     """The test's own process; never returns."""
     try:
+        if cpus:
+            os.sched_setaffinity(0, cpus)
         os.setsid()
         faulthandler.register(signal.SIGUSR2, file=dump, all_threads=True, chain=False)
         LEDGER.clear()

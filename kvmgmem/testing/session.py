@@ -35,6 +35,7 @@ from kvmgmem.results.records import (
 )
 from kvmgmem.results.stream import ResultStream
 from kvmgmem.testing import debugfs, requirements
+from kvmgmem.testing.emulated_cpus import emulated, keep_to_first_cpu
 from kvmgmem.testing.isolation import ChildOutcome, Isolation, adopt_orphans, keep
 from kvmgmem.testing.kernel_log import KernelLog
 from kvmgmem.testing.lifetime import GONE_LIMIT, LifetimeWatch, WatchError, debugfs_vms
@@ -108,9 +109,12 @@ class Session:
         """Write the circumstances and the plan, and say what cannot be watched."""
         self.write(RunStart(uuid.uuid4().hex, time.time(), self.circumstances()))
         self.write(Plan(tuple(item.nodeid for item in items)))
-        # Not where two CPUs of a guest get one core between them, as under emulation, two guests on two cores: the parent's
-        # page faults fall into the time between two tests, 36 ms instead of 22 (QEMU 7.2), and nothing is won.
-        self._isolation = Isolation(items, ahead=os.environ.get("KVMGMEM_ACCELERATOR") != "tcg")
+        if emulated() and self.settings.isolate:
+            # Not ahead where two CPUs of a guest get one core between them, two guests on two cores: the parent's page
+            # faults fall into the time between two tests, 36 ms instead of 22 (QEMU 7.2), and nothing is won.
+            self._isolation = Isolation(items, ahead=False, cpus=keep_to_first_cpu(self.watch.pid))
+        else:
+            self._isolation = Isolation(items)
         _warm_up()
         # Every test is forked from here: what the collector never looks at again is never copied by a child's collection.
         gc.collect()

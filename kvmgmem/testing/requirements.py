@@ -18,6 +18,7 @@ from kvmgmem.exit_codes import ExitCode
 from kvmgmem.host import Host
 from kvmgmem.syscalls import NUMBER
 from kvmgmem.testing import memory_cgroup, selinux
+from kvmgmem.testing.emulated_cpus import emulated
 from kvmgmem.testing.numa_policy import policy_belongs_to_the_file
 from kvmgmem.testing.slot_metadata import metadata_bytes
 
@@ -281,7 +282,7 @@ _ALL = [
         "text-patching",
         # Seen with QEMU 7.2 and Linux 7.3.4: while the kernel switches a trace point on, another CPU oopses on the int3
         # that covers the change (arch/x86/kernel/alternative.c, smp_text_poke_batch_finish).
-        lambda host: os.environ.get("KVMGMEM_ACCELERATOR") != "tcg" or host.cpu_count == 1,
+        lambda host: not emulated() or host.cpu_count == 1,
         "QEMU's TCG breaks kernels that patch their own code while other CPUs run it; give the guest one CPU (--smp 1)",
     ),
     Requirement(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RCU_THREADS = "rcu_"
-"""How the names of the threads begin that RCU has for grace periods (kernel/rcu/tree.c): rcu_preempt, ...."""
+"""How the names of the threads begin that RCU has for grace periods (kernel/rcu/tree.c), such as rcu_preempt."""
 
 
 def emulated() -> bool:

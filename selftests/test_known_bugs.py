@@ -21,6 +21,7 @@ from kvmgmem.processes import Channel, ChildProcess
 from kvmgmem.syscalls import NUMBER
 from kvmgmem.testing import contract, disruptive, gmem_kinds, known_bug, requires, vm_types, wait_until, would_show
 from kvmgmem.testing.announcements import Announcements
+from kvmgmem.testing.emulated_cpus import cpus_to_run_on
 from kvmgmem.testing.fixtures import GPA, SIZE
 from kvmgmem.testing.hwpoison import poison
 from kvmgmem.testing.pending_signal import in_child_with_signal_pending
@@ -182,7 +183,7 @@ def test_a_long_conversion_lets_others_run(vm: Vm, request: pytest.FixtureReques
 
     A kernel that preempts itself does so anyway; B12 shows on one that does not.
     """
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.sched_setaffinity(0, {min(cpus_to_run_on())})
     pages = 1 << 16
     gaps: list[float] = []
     while len(gaps) < 5 and pages <= 1 << 20:

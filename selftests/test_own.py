@@ -27,6 +27,7 @@ from kvmgmem.testing import (
     vm_types,
     wait_until,
 )
+from kvmgmem.testing.emulated_cpus import cpus_to_run_on
 from kvmgmem.testing.fixtures import GPA, PLAIN_TYPES, SIZE
 from kvmgmem.testing.meminfo import meminfo
 from kvmgmem.testing.strangers import Stranger, binds, complaints, complaints_about
@@ -137,7 +138,7 @@ def test_address_of_the_owner_is_never_reused(kvm: Kvm, vm: Vm, threads: int, ef
     Whether addresses would come back if it did not is what the power check C4p measures.
     """
     rounds = max(2, int(24 * effort / threads))
-    cpus = sorted(os.sched_getaffinity(0))
+    cpus = sorted(cpus_to_run_on())
     with vm.create_guest_memfd(SIZE) as gmem:
         request = region2(MemoryRegion(slot=0, gpa=GPA, size=SIZE, gmem=gmem))
         assert vm.raw.ioctl_struct(lib.KVM_SET_USER_MEMORY_REGION2, request) == OK
@@ -184,7 +185,7 @@ def test_addresses_of_dead_vms_come_back(kvm: Kvm, effort: float, record_propert
     The event shows addresses hashed, which is enough to tell whether two are the same. Where struct kvm is not from the
     slab allocator (6.12 takes it from __vmalloc) nothing is seen, and nothing is known about the power of C4.
     """
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.sched_setaffinity(0, {min(cpus_to_run_on())})
     most = max(64, int(256 * effort))
     addresses: list[str] = []
     with traced("kmem/kmalloc", "bytes_req > 2048") as trace:

@@ -115,22 +115,43 @@ LEAKS = {
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
-def test_the_runner_leaves_emulated_cpus_to_the_tests(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, accelerator: str
+@pytest.mark.parametrize(
+    "wants_more",
+    [
+        "threading.Thread(target=cpus.append, args=(1,)).start()",
+        "os.waitpid(os.fork() or os._exit(0), 0)",
+        "subprocess.run(['true'], check=True)",
+        "cpus_to_run_on()",
+    ],
+    ids=["a_thread", "a_process", "a_program", "asking"],
+)
+def test_all_but_a_test_that_wants_more_keeps_to_the_first_emulated_cpu(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, accelerator: str, wants_more: str
 ) -> None:
-    """Under TCG the runner keeps to the first CPU; a test may run on all, there as elsewhere."""
+    """Under TCG the runner has the first CPU, and so has a test until it can use another one; elsewhere they have all."""
     monkeypatch.setenv("KVMGMEM_ACCELERATOR", accelerator)
     cpus = os.sched_getaffinity(0)
-    runners = {min(cpus)} if accelerator == "tcg" else cpus
+    confined = {min(cpus)} if accelerator == "tcg" else cpus
     outcome = run(
         pytester,
         f"""
+import subprocess
+from kvmgmem.testing.emulated_cpus import cpus_to_run_on
+
 def test_it(kvm):
+    assert os.sched_getaffinity(os.getppid()) == {confined}
+    cpus = [os.sched_getaffinity(0)]
+    {wants_more}
+    assert cpus[0] == {confined}
     assert os.sched_getaffinity(0) == {cpus}
-    assert os.sched_getaffinity(os.getppid()) == {runners}
+
+def test_that_chooses_for_itself(kvm):
+    os.sched_setaffinity(0, {{max(cpus_to_run_on())}})
+    threading.Thread(target=int).start()
+    assert os.sched_getaffinity(0) == {{max({cpus})}}
 """,
     )
-    assert outcome.verdicts() == {"test_it": "passed"}, outcome.text
+    assert outcome.verdicts() == {"test_it": "passed", "test_that_chooses_for_itself": "passed"}, outcome.text
 
 
 def test_only_the_threads_of_rcu_are_rcus(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from _pytest.runner import runtestprotocol
 
+from kvmgmem.testing.emulated_cpus import CONFINEMENT
 from kvmgmem.testing.known_bugs import LEDGER
 from kvmgmem.testing.leaks import Snapshot, left_behind
 from kvmgmem.testing.proc_files import read_whole
@@ -71,7 +72,7 @@ class Isolation:
 
     The next one is forked while the last one ends, if `ahead`: each takes as long as a small test, for there are the page
     tables of forty megabytes to be copied and to be taken down. Not earlier: a test that watches the kernel's memory would
-    see it. A test may run on all of `cpus`, where the runner may not.
+    see it. A test that can use them may run on all of `cpus`, if they are given: where the runner may not.
     """
 
     def __init__(self, items: Sequence[pytest.Item], ahead: bool = True, cpus: Set[int] = frozenset()) -> None:
@@ -159,7 +160,7 @@ def _child(items: Sequence[pytest.Item], cpus: Set[int], ordered: int, reported:
     """The test's own process; never returns."""
     try:
         if cpus:
-            os.sched_setaffinity(0, cpus)
+            CONFINEMENT.begin(cpus)
         os.setsid()
         faulthandler.register(signal.SIGUSR2, file=dump, all_threads=True, chain=False)
         LEDGER.clear()

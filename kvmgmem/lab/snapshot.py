@@ -21,8 +21,13 @@ from kvmgmem.lab.cache import MiB, free_bytes
 from kvmgmem.lab.guest_init import PROTOCOL
 from kvmgmem.lab.machine import Machine, command_line
 
-KEPT = 10
-"""How many states are kept, the least recently used going first; each takes about 140 MiB."""
+KEPT = 24
+"""How many states are kept, the least recently used going first; each takes 150 to 230 MiB.
+
+A column of a matrix uses two. With fewer than a matrix needs, each of them would be gone when its turn comes again.
+"""
+UNUSED_SECONDS = 14 * 86400.0
+"""After this time without use a state goes: kernel, tests or QEMU are others by now, and no run asks for it."""
 ROOM = 1024 * MiB
 """Bytes that must be free for another one."""
 DRAFT_SECONDS = 3600.0
@@ -76,7 +81,9 @@ class Snapshot:
             self._draft.rename(self.folder)
         except OSError:  # another run was quicker, or the disk is full: this run goes on either way
             self.drop_draft()
-        for old in sorted(self.folder.parent.glob("[!.]*"), key=_last_use)[:-KEPT]:
+        states = sorted(self.folder.parent.glob("[!.]*"), key=_last_use)
+        unused = [state for state in states if _last_use(state) < time.time() - UNUSED_SECONDS]
+        for old in {*states[:-KEPT], *unused}:
             shutil.rmtree(old, ignore_errors=True)
         for left in self.folder.parent.glob(".*"):  # of a run that was killed, for nobody takes an hour to write one
             if _last_use(left) < time.time() - DRAFT_SECONDS:

@@ -189,6 +189,9 @@ def test_reports_of_known_bugs_are_complaints() -> None:
     assert bug.is_reported_by(before_7_0)
     assert not bug.is_reported_by(title.replace("kvm_main.c", "guest_memfd.c"))
     assert find_splats([title])
+    unbalanced = "WARNING: arch/x86/kvm/../../../virt/kvm/kvm_main.c:1293 at kvm_destroy_vm+0x27a/0x2a0, CPU#1: init/43"
+    assert known_bugs.get("B7").is_reported_by(unbalanced)
+    assert not bug.is_reported_by(unbalanced)
     assert not known_bugs.get("B1").is_reported_by("")
 
 

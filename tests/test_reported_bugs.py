@@ -66,11 +66,19 @@ def test_fails_too(kvm):
 
 
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no usable /dev/kvm on this machine")
-@pytest.mark.parametrize(("needs", "absent"), [("guest-memfd", ["B27"]), ("no-such-code", [])])
-def test_silence_says_something_only_where_the_bug_could_speak(
-    pytester: pytest.Pytester, needs: str, absent: list[str]
+@pytest.mark.parametrize(
+    ("otherwise", "absent"),
+    [
+        ("report_needs=('guest-memfd',)", ["B27"]),
+        ("report_needs=('no-such-code',)", []),
+        ("report_by_chance=True", []),
+    ],
+    ids=["it_could", "it_lacks_the_code", "it_would_by_chance"],
+)
+def test_silence_says_something_only_where_the_bug_would_speak(
+    pytester: pytest.Pytester, otherwise: str, absent: list[str]
 ) -> None:
-    """A kernel without what makes it complain is not said to be without the bug."""
+    """A kernel without what makes it complain, or that does so by chance, is not said to be without the bug."""
     pytester.path.joinpath("kmsg").write_text("")
     pytester.makepyfile(
         HEAD
@@ -79,7 +87,7 @@ from dataclasses import replace
 from kvmgmem.catalogue import known_bugs
 from kvmgmem.testing.requirements import REQUIREMENTS, Requirement
 REQUIREMENTS["no-such-code"] = Requirement("no-such-code", lambda host: False, "this kernel has none")
-known_bugs.load = lambda bugs=known_bugs.load(): {{**bugs, "B27": replace(bugs["B27"], report_needs=({needs!r},))}}
+known_bugs.load = lambda bugs=known_bugs.load(): {{**bugs, "B27": replace(bugs["B27"], {otherwise})}}
 @would_show("B27")
 def test_quiet(kvm):
     pass

@@ -38,6 +38,8 @@ class KnownBug:
     """What the kernel's complaint begins with, as a regular expression, if it shows by one whose cause is certain."""
     report_needs: tuple[str, ...] = ()
     """The requirements without which no kernel complains like that, and its silence says nothing."""
+    report_by_chance: bool = False
+    """Whether the kernel complains only when a race is lost, so that silence says nothing at all."""
     not_tested_because: str = ""
     """One sentence: why no test here can show it. "" if one can, and the test names the bug."""
 

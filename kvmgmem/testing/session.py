@@ -258,7 +258,8 @@ class Session:
         if found:
             _fail(judged, Verdict.SPLAT, found[0].reason)
         elif judged.verdict is Verdict.PASSED:
-            judged.bugs_absent = tuple(sorted({*judged.bugs_absent, *(bug.id for bug in bugs)} - known))
+            telling = {bug.id for bug in bugs if not bug.report_by_chance}
+            judged.bugs_absent = tuple(sorted({*judged.bugs_absent, *telling} - known))
         if judged.verdict in (Verdict.PASSED, Verdict.SKIPPED) and not known:
             judged.kernel_log = []
         if self.log.error and os.geteuid() == 0:

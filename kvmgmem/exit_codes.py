@@ -16,7 +16,9 @@ class ExitCode(IntEnum):
     CANNOT_EXPRESS = 6
     """`kvmgmem repro`: the trace holds something that no C program of its kind can do."""
     BISECT_SKIP = 125
-    """For `git bisect run` alone: this kernel does not build or boot, so it says nothing (`kvmgmem vm --source`)."""
+    """For `git bisect run` alone (`kvmgmem vm --source`): this kernel does not build or boot, or has nothing to test."""
+    BISECT_STOP = 255
+    """For `git bisect run` alone: usage, or the harness failed, which must not be taken for a bad kernel."""
 
 
 GRAVITY = (ExitCode.OK, ExitCode.NOTHING_RAN, ExitCode.TEST_FAILED, ExitCode.USAGE, ExitCode.HARNESS, ExitCode.KERNEL)

@@ -203,7 +203,7 @@ def test_everything_after_the_dashes_is_pytests() -> None:
 
 def test_the_gravest_exit_code_counts() -> None:
     """Every exit code of a run has its place, and the kernel's is the gravest."""
-    assert set(GRAVITY) == set(ExitCode) - {ExitCode.BISECT_SKIP, ExitCode.CANNOT_EXPRESS}
+    assert set(GRAVITY) == set(ExitCode) - {ExitCode.BISECT_SKIP, ExitCode.BISECT_STOP, ExitCode.CANNOT_EXPRESS}
     assert GRAVITY[-1] is ExitCode.KERNEL
 
 

@@ -103,23 +103,36 @@ _BOOT_HINTS = (
 )
 
 
-def no_test_started(ending: Ending, console_file: Path | None) -> HarnessError:
+class NoTestStartedError(HarnessError):
+    """A guest did not come to its first test; `cause` is how its last boot ended."""
+
+    def __init__(self, cause: Cause, message: str, hint: str = "", code: ExitCode = ExitCode.HARNESS) -> None:
+        super().__init__(message, hint, code)
+        self.cause = cause
+
+
+def no_test_started(ending: Ending, console_file: Path | None) -> NoTestStartedError:
     """The error for a guest in which not one test began: what happened, and the likeliest remedy."""
+    cause = ending.cause
     words = [line.strip() for line in ending.runner_output.splitlines()]
     told = next((line for line in words if line.startswith(ERROR_PREFIX)), "")
     if told:
         hint = next((line.removeprefix("hint: ") for line in words if line.startswith("hint: ")), "")
-        return HarnessError(f"in the guest: {told.removeprefix(ERROR_PREFIX)}", hint, code_of_part(ending.runner_exit or 4))
-    if ending.cause is Cause.RUNNER_DIED and ending.runner_exit == 4 and (usage := usage_error(words)):
-        return HarnessError(f"pytest: {usage}", "see pytest --help", ExitCode.USAGE)
-    if ending.cause is Cause.RUNNER_DIED and ending.runner_exit in (3, 5):
-        return HarnessError(
-            "no selftest was selected", "see what there is: kvmgmem run -- --collect-only -q", ExitCode.NOTHING_RAN
+        return NoTestStartedError(
+            cause, f"in the guest: {told.removeprefix(ERROR_PREFIX)}", hint, code_of_part(ending.runner_exit or 4)
+        )
+    if cause is Cause.RUNNER_DIED and ending.runner_exit == 4 and (usage := usage_error(words)):
+        return NoTestStartedError(cause, f"pytest: {usage}", "see pytest --help", ExitCode.USAGE)
+    if cause is Cause.RUNNER_DIED and ending.runner_exit in (3, 5):
+        return NoTestStartedError(
+            cause, "no selftest was selected", "see what there is: kvmgmem run -- --collect-only -q", ExitCode.NOTHING_RAN
         )
     console = "\n".join(ending.excerpt) + "\n" + ending.reason
     hint = next((text for pattern, text in _BOOT_HINTS if re.search(pattern, console)), "")
     kept = f"the console is in {console_file}" if console_file else ""
-    code = ExitCode.KERNEL if ending.cause in (Cause.PANIC, Cause.OOPS, Cause.RESET, Cause.HANG) else ExitCode.HARNESS
+    code = ExitCode.KERNEL if cause in (Cause.PANIC, Cause.OOPS, Cause.RESET, Cause.HANG) else ExitCode.HARNESS
     last = next((line for line in reversed(words) if line), "")
-    detail = f": {last}" if ending.cause is Cause.RUNNER_DIED and last else ""
-    return HarnessError(f"no test was started: {ending.reason}{detail}", "; ".join(filter(None, (hint, kept))), code)
+    detail = f": {last}" if cause is Cause.RUNNER_DIED and last else ""
+    return NoTestStartedError(
+        cause, f"no test was started: {ending.reason}{detail}", "; ".join(filter(None, (hint, kept))), code
+    )

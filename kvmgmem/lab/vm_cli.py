@@ -8,15 +8,16 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
+from kvmgmem.lab.bisection import in_terms_of_bisect
 from kvmgmem.lab.cache import cache_root
 from kvmgmem.lab.capacity import guests_that_fit
 from kvmgmem.lab.counters import CounterFiles
 from kvmgmem.lab.initramfs import Image, ImageRequest, build_image, find_busybox
-from kvmgmem.lab.kbuild import BuildError
 from kvmgmem.lab.kernels import Kernel, build, list_kernels, resolve
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import (
@@ -53,7 +54,8 @@ def add_vm_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
         "--source",
         type=Path,
         metavar="DIR",
-        help="build this kernel tree and boot it; exit code 125 if it does not build or boot, for `git bisect run`",
+        help="build this kernel tree and boot it, with exit codes for `git bisect run`: 125 if it does not build or boot or "
+        "has nothing to test, 255 if it is not the kernel's fault",
     )
     add_machine_options(parser)
     parser.add_argument("--selftests", metavar="DIR", help="the tests to run (default: those of kvmgmem)")
@@ -99,12 +101,16 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_vm(args: argparse.Namespace) -> int:
-    """Boot, run, report; returns the exit code. Raises HarnessError."""
+    """Boot, run, report; returns the exit code, with --source in the terms of `git bisect run`. Raises HarnessError."""
+    return in_terms_of_bisect(partial(_run_vm, args)) if args.source else _run_vm(args)
+
+
+def _run_vm(args: argparse.Namespace) -> int:
     _apply_variant(args)
     _check_numbers(args)
     qemu = require_qemu(args.qemu or QEMU)
     accelerator = choose_accelerator(args.accel)
-    kernel = _built_from(args.source) if args.source else _kernel(args.kernel)
+    kernel = build(source=args.source) if args.source else _kernel(args.kernel)
     image_request = _image_request(args, kernel)
     results = None if args.shell else results_path(args.results)
     if args.counters is not None:
@@ -138,14 +144,6 @@ def _apply_variant(args: argparse.Namespace) -> None:
         wanted = getattr(variant, name)
         if wanted is not None and getattr(args, name) == plain:
             setattr(args, name, wanted)
-
-
-def _built_from(source: Path) -> Kernel:
-    """The kernel of a source tree; one that does not build is nothing that a bisection could judge."""
-    try:
-        return build(source=source)
-    except BuildError as error:
-        raise HarnessError(error.message, error.hint, ExitCode.BISECT_SKIP) from error
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -710,6 +711,29 @@ def test_interrupting_keeps_what_was_written(results: Path) -> None:
     run = read_run([results])
     assert verdicts(run)["a"] is Verdict.PASSED
     assert not run.complete
+
+
+def test_a_cancelled_job_ends_its_guests(results: Path) -> None:
+    """SIGTERM, by which CI ends a job, is taken as Ctrl-C is, and means what it did again afterwards."""
+
+    class Cancelled(ScriptedQemu):
+        def wait(self, timeout: float) -> list[Line]:
+            if self._script[0] is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().wait(timeout)
+
+    killed = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+    scripted = Scripted(results, [[]])
+    guest = Cancelled([[*GREETING, RUN_START, plan("a", "b"), *passing("a")], None])
+    guest.process = SimpleNamespace(poll=lambda: None, kill=killed.set)
+    scripted._waiting[:] = [guest]
+    with pytest.raises(SystemExit) as caught:
+        scripted.supervisor.run()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert killed.is_set()
+    assert verdicts(read_run([results]))["a"] is Verdict.PASSED
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # --- judgements -------------------------------------------------------------------------------------------------------

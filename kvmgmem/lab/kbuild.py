@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab import cache
 from kvmgmem.lab.flavours import Comparison, Flavour, Version, compare, parse_config
 from kvmgmem.lab.progress import Progress
+from kvmgmem.lab.termination import terminable
 
 IMAGE = Path("arch/x86/boot/bzImage")
 
@@ -229,7 +229,7 @@ def logged_output(what: str, command: list[str], log: Path, objects: Path, timeo
     with (
         cache.disk_errors(objects),
         log.open("a", encoding="utf-8") as file,
-        _terminable(),
+        terminable(),
         _process_group(command, timeout) as (process, timed_out),
     ):
         file.write(f"$ {' '.join(command)}\n")
@@ -297,23 +297,6 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             continue
         # The leader is gone; stragglers of its group get the next signal, where there are any.
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Have SIGTERM unwind like Ctrl-C does, so that make does not live on without us."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def unwind(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def build_environment() -> dict[str, str]:

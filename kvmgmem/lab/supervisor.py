@@ -20,6 +20,7 @@ from kvmgmem.lab.lane import Lane
 from kvmgmem.lab.limits import Limits
 from kvmgmem.lab.machine import Machine
 from kvmgmem.lab.qemu import Qemu
+from kvmgmem.lab.termination import terminable
 from kvmgmem.results.records import Heartbeat, Plan, Record, RunEnd, TestEnd, TestStart, Verdict
 from kvmgmem.results.run import collect, exit_code
 from kvmgmem.results.stream import ResultStream
@@ -98,7 +99,8 @@ class Supervisor:
         started; its code is KERNEL if the kernel died of itself.
         """
         try:
-            self._drive([Lane(self, number) for number in range(self.request.guests)])
+            with terminable():
+                self._drive([Lane(self, number) for number in range(self.request.guests)])
             return self._finish() if self.records else ExitCode.OK
         finally:
             self._stream.close()
@@ -106,7 +108,7 @@ class Supervisor:
                 self._console.close()
 
     def _drive(self, lanes: Sequence[Lane]) -> None:
-        """One thread for each guest. Whatever ends the wait for them, Ctrl-C too, ends the guests first."""
+        """One thread for each guest. Whatever ends the wait for them, Ctrl-C and SIGTERM too, ends the guests first."""
         for lane in lanes:
             self._start_lane(lane)
         try:

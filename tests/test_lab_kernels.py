@@ -150,9 +150,15 @@ def test_names_mean_what_they_say(cache_folder: Path) -> None:
 
 def test_an_unknown_name_says_how_to_make_it() -> None:
     """The hint is the command."""
-    with pytest.raises(HarnessError) as caught:
-        kernels.resolve("7.9/debug")
-    assert caught.value.hint == "make it: kvmgmem kernel build 7.9 --flavour debug"
+    for spec, hint in {
+        "7.9": "make it: kvmgmem kernel build 7.9",
+        "7.9/debug": "make it: kvmgmem kernel build 7.9 --flavour debug",
+        "7.9/distribution": "get it: kvmgmem kernel fetch 7.9",
+        "linux": "give a path, a name as `kvmgmem kernel list` prints it, or a release such as 7.3, 7.3/debug",
+    }.items():
+        with pytest.raises(HarnessError) as caught:
+            kernels.resolve(spec)
+        assert caught.value.hint == hint
     with pytest.raises(HarnessError, match="no kernel has been built yet"):
         kernels.resolve(None)
 

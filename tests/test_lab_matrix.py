@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -26,8 +27,8 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Any name but `none` is a kernel whose image is a file here."""
 
     def resolve(spec: str) -> Kernel:
-        if spec == "none":
-            raise HarnessError("no kernel in the cache is called none", "make it")
+        if spec == "none" or spec.endswith("+npt1"):
+            raise HarnessError(f"no kernel in the cache is called {spec}", "make it")
         image = tmp_path / f"{spec}.image"
         if not image.exists():
             image.write_text(spec)
@@ -54,8 +55,20 @@ def test_an_unknown_variant_or_kernel_is_refused(kernels: Path) -> None:
         plan(["7.3"], ["npt1"], kernels)
     assert "npt0" in caught.value.hint
     assert caught.value.code == ExitCode.USAGE
-    with pytest.raises(HarnessError, match="called none"):
-        plan(["none"], [], kernels)
+    for unknown in ("none", "none+npt1"):
+        with pytest.raises(HarnessError, match="called none"):
+            plan([unknown], [], kernels)
+    with pytest.raises(HarnessError, match="'npt1' is not a variant"):
+        plan(["7.3+npt1"], [], kernels)
+
+
+def test_no_guests_at_once_is_usage(kernels: Path) -> None:
+    """It would wait for a free core for ever."""
+    for jobs in (0, -1):
+        with pytest.raises(HarnessError, match=f"--jobs {jobs} is too small") as caught:
+            run_matrix(arguments(kernels / "out", "7.3", jobs=jobs))
+        assert caught.value.code == ExitCode.USAGE
+    assert not (kernels / "out").exists()
 
 
 def test_a_parameter_or_another_qemu_is_a_variant_too(kernels: Path) -> None:
@@ -179,6 +192,34 @@ def test_a_column_that_ends_without_a_word_is_the_harness_fault(
     monkeypatch.setattr(matrix, "_command", lambda column, args: (sys.executable, "-c", ""))
     assert run_matrix(arguments(kernels / "out", "7.3")) == ExitCode.HARNESS
     assert "7.3: did not come to a first record: it said nothing; see " in capsys.readouterr().out
+
+
+CANCELLED = """
+import argparse, sys
+from pathlib import Path
+from kvmgmem.lab import matrix
+from kvmgmem.lab.kernels import Kernel
+out = Path(sys.argv[1])
+column = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+matrix.resolve = lambda spec: Kernel(spec, Path(sys.executable), spec)
+matrix._command = lambda column_of, args: (sys.executable, "-c", column, str(out.with_name(column_of.name)))
+arguments = dict(kernels=["7.2", "7.3"], variant=[], out=out, jobs=2, accel="auto", pytest_args=[])
+matrix.run_matrix(argparse.Namespace(**arguments))
+"""
+
+
+def test_a_cancelled_matrix_leaves_no_column_behind(tmp_path: Path) -> None:
+    """SIGTERM to the matrix alone, and where Ctrl-C is ignored, as in a shell's background job, ends all columns."""
+    command = ["env", "--ignore-signal=INT", sys.executable, "-c", CANCELLED, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    files = [tmp_path / "7.2", tmp_path / "7.3"]
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(14) == 128 + signal.SIGTERM, "it waits 15 s for a column that does not end by itself"
+    for file in files:
+        assert not Path(f"/proc/{file.read_text()}").exists()
 
 
 ASKED = """

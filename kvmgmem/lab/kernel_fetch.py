@@ -15,11 +15,8 @@ from kvmgmem.lab.flavours import config_hash
 from kvmgmem.lab.kernel_image import image_release
 from kvmgmem.lab.kernel_modules import load_order, module_name, read_module
 from kvmgmem.lab.kernel_source import deb_files, downloaded, is_release, slug
-from kvmgmem.lab.kernels import Kernel, list_kernels, load, save
+from kvmgmem.lab.kernels import DISTRIBUTION, Kernel, list_kernels, load, save
 from kvmgmem.lab.progress import Progress
-
-DISTRIBUTION = "distribution"
-"""What stands for the flavour of a kernel that somebody else has configured."""
 
 # "linux-image-7.3.4+deb13-amd64" and "linux-image-6.8.0-31-generic", not the -rt, -cloud, -dbg and -unsigned ones.
 _IMAGE = re.compile(r"linux-image-(?P<release>\d[\w.+~]*(-\d+)?-(amd64|generic))")

@@ -55,6 +55,9 @@ _TOLD = (
     "GCOV_KERNEL",
 )
 
+DISTRIBUTION = "distribution"
+"""What stands for the flavour of a kernel that somebody else has configured."""
+
 _REMAKABLE = ("sources", "objects", "downloads")
 
 
@@ -151,18 +154,26 @@ def resolve(spec: str | None) -> Kernel:
         return answering[0]
     if spec.startswith(("/", "./", "../", "~")):
         raise HarnessError(f"no such kernel image: {spec}", "give the path of a bzImage or vmlinux")
-    release, _, flavour = spec.partition("/")
-    flavour_option = f" --flavour {flavour}" if flavour else ""
     raise HarnessError(
         f"no kernel in the cache is called {spec} (there: {', '.join(kernel.name for kernel in kernels) or 'none'})",
-        f"make it: kvmgmem kernel build {release}{flavour_option}",
+        _how_to_make(spec),
     )
+
+
+def _how_to_make(spec: str) -> str:
+    """What to do about a name that nothing in the cache answers to: the command that makes such a kernel, if any."""
+    release, _, flavour = spec.partition("/")
+    if not re.fullmatch(r"\d+\.\d+[^/]*", release):
+        return "give a path, a name as `kvmgmem kernel list` prints it, or a release such as 7.3, 7.3/debug"
+    if flavour == DISTRIBUTION:
+        return f"get it: kvmgmem kernel fetch {release}"
+    return f"make it: kvmgmem kernel build {release}" + (f" --flavour {flavour}" if flavour else "")
 
 
 def matches(kernel: Kernel, spec: str) -> bool:
     """Whether a cached kernel answers to a name: its own, its release or source (either with a flavour), or a flavour.
 
-    Where the name says no flavour, `base` is meant, or a distribution's ready-made kernel, which has none.
+    Where the name says no flavour, `base` is meant, not a distribution's ready-made kernel (`7.3/distribution`).
     """
     if spec in (kernel.name, kernel.flavour):
         return True

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from kvmgmem.errors import ERROR_PREFIX, HarnessError
 from kvmgmem.exit_codes import GRAVITY, ExitCode, gravest
 from kvmgmem.lab.capacity import guests_that_fit
 from kvmgmem.lab.kernels import Kernel, resolve
+from kvmgmem.lab.termination import terminable
 from kvmgmem.lab.variants import PLAIN, VARIANTS, Variant, is_variant, lookup
 from kvmgmem.lab.vm_cli import FLAVOUR_SLOWNESS
 from kvmgmem.results.compare import compare, write_comparison
@@ -123,6 +123,8 @@ def add_matrix_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
 
 def run_matrix(args: argparse.Namespace) -> int:
     """Run what is not done yet, write the reports, print the table; the gravest exit code. Raises `HarnessError`."""
+    if args.jobs is not None and args.jobs < 1:
+        raise HarnessError(f"--jobs {args.jobs} is too small", "give at least 1", ExitCode.USAGE)
     columns = plan(args.kernels, args.variant, args.out)
     _make_directory(args.out)
     for column in columns:
@@ -130,7 +132,8 @@ def run_matrix(args: argparse.Namespace) -> int:
         column.kept = _is_done(column)
     jobs = args.jobs or guests_that_fit(max(column.memory_mib for column in columns))
     try:
-        _run(sorted((column for column in columns if not column.kept), key=_work, reverse=True), jobs)
+        with terminable():
+            _run(sorted((column for column in columns if not column.kept), key=_work, reverse=True), jobs)
     finally:
         _stop(columns)
     return _report(columns, args.out)
@@ -140,15 +143,33 @@ def plan(kernels: Sequence[str], variants: Sequence[str], directory: Path) -> li
     """The columns asked for, each once, in order; raises `HarnessError` for a kernel or variant that is none."""
     found: dict[str, Column] = {}
     for spec in kernels:
-        name, plus, variant = spec.rpartition("+")
-        # A release may hold a plus sign too; only a variant behind one counts.
-        single = plus and is_variant(variant)
-        kernel = resolve(name if single else spec)
-        wanted = [lookup(variant)] if single else [PLAIN, *map(lookup, variants)]
+        kernel, single = _kernel_and_variant(spec)
+        wanted = [single] if single else [PLAIN, *map(lookup, variants)]
         for machine in wanted:
             column = Column(kernel, machine, directory)
             found.setdefault(column.name, column)
     return list(found.values())
+
+
+def _kernel_and_variant(spec: str) -> tuple[Kernel, Variant | None]:
+    """What KERNEL or KERNEL+VARIANT means. A release may hold a plus sign too; only a variant behind one counts."""
+    name, plus, variant = spec.rpartition("+")
+    if plus and is_variant(variant):
+        return resolve(name), lookup(variant)
+    try:
+        return resolve(spec), None
+    except HarnessError:
+        if plus and _is_kernel(name):
+            lookup(variant)  # raises, and says which there are
+        raise
+
+
+def _is_kernel(spec: str) -> bool:
+    try:
+        resolve(spec)
+    except HarnessError:
+        return False
+    return True
 
 
 def _make_directory(directory: Path) -> None:
@@ -270,7 +291,7 @@ def _stop(columns: Sequence[Column]) -> None:
     """End what is still running, gently first: `kvmgmem vm` ends its own guest and keeps its records."""
     alive = [column.process for column in columns if column.process is not None and column.process.poll() is None]
     for process in alive:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT is ignored in a shell's background job
     for process in alive:
         try:
             process.wait(15)

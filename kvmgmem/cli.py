@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; every failure is one line that says what was wrong and what to do."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     ours, pytest_args = split_at_dashes(words)
-    args = build_parser().parse_args(ours)
+    args = _parse(ours)
     args.pytest_args = pytest_args
     try:
         return dispatch(args)
@@ -69,6 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain("interrupted; what had been written is kept", "", ExitCode.HARNESS)
     except BrokenPipeError:
         return ExitCode.OK
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """What the words mean; argparse ends the process where they mean nothing, under `git bisect run` with git's code."""
+    try:
+        return build_parser().parse_args(words)
+    except SystemExit as end:
+        if end.code and words[:1] == ["vm"] and any(word.partition("=")[0] == "--source" for word in words):
+            raise SystemExit(ExitCode.BISECT_STOP) from None
+        raise
 
 
 def dispatch(args: argparse.Namespace) -> int:

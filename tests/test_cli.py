@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmgmem.cli import split_at_dashes
+from kvmgmem.cli import main, split_at_dashes
 from kvmgmem.contract_report import asserting_tests, report
 from kvmgmem.exit_codes import GRAVITY, ExitCode
 from kvmgmem.results.run import read_run
@@ -193,6 +193,16 @@ def test_unknown_verbs_and_options_are_usage() -> None:
     assert kvmgmem("rnu").returncode == ExitCode.USAGE
     assert kvmgmem("run", "--bogus").returncode == ExitCode.USAGE
     assert kvmgmem().returncode == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("source", [["--source", "tree"], ["--source=tree"]])
+def test_a_misspelt_option_stops_a_bisection(source: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """To git our 2 would be a bad commit."""
+    for words, code in ((["vm", *source], ExitCode.BISECT_STOP), (["kernel", "build", *source], ExitCode.USAGE)):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--no-such-option"])
+        assert caught.value.code == code
+    assert "--no-such-option" in capsys.readouterr().err
 
 
 def test_everything_after_the_dashes_is_pytests() -> None:

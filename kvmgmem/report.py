@@ -9,7 +9,7 @@ from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode, gravest
 from kvmgmem.results.compare import compare, write_comparison
 from kvmgmem.results.outputs import WRITERS, write_file
-from kvmgmem.results.run import exit_code, read_run
+from kvmgmem.results.run import Run, exit_code, read_run
 from kvmgmem.results.summary import write_summary
 from kvmgmem.results.text import wants_colour
 
@@ -27,7 +27,7 @@ def run_report(args: argparse.Namespace) -> int:
     """Write what was asked for, and a table or summary; the gravest exit code of the runs. Raises `HarnessError`."""
     from kvmgmem.results.html import write_html_comparison
 
-    runs = [read_run([path]) for path in args.files]
+    runs = [_read(path) for path in args.files]
     for name in ("ktap", "junit", "markdown"):
         target = getattr(args, name)
         if target and len(runs) > 1:
@@ -42,3 +42,11 @@ def run_report(args: argparse.Namespace) -> int:
     else:
         write_summary(runs[0], sys.stdout, wants_colour(sys.stdout))
     return gravest(int(exit_code(run)) for run in runs)
+
+
+def _read(path: Path) -> Run:
+    """The run of a file; one in which every line is damaged is some other file, and its lines are nobody's business."""
+    run = read_run([path])
+    if run.damaged and run.finish is None:
+        raise HarnessError(f"{path} holds no records: {run.damaged[0]}", "name a file that a run wrote", ExitCode.USAGE)
+    return run

@@ -205,6 +205,19 @@ def test_a_misspelt_option_stops_a_bisection(source: list[str], capsys: pytest.C
     assert "--no-such-option" in capsys.readouterr().err
 
 
+def test_a_file_of_something_else_is_no_run(tmp_path: Path) -> None:
+    """One line, not one for each of its own; a run's file that was cut is still a run."""
+    other, run = tmp_path / "other", tmp_path / "run.jsonl"
+    other.write_text("root:x:0:0\n" * 1000)
+    done = kvmgmem("report", str(other))
+    assert "holds no records: " in one_error(done)
+    assert done.returncode == ExitCode.USAGE
+    run.write_text('{"record":"heartbeat","time":1.0}\n{"record":"test-st')
+    done = kvmgmem("report", str(run))
+    assert "damaged: " in done.stdout
+    assert done.returncode == ExitCode.HARNESS
+
+
 def test_everything_after_the_dashes_is_pytests() -> None:
     """The first -- splits; a second one is pytest's."""
     assert split_at_dashes(["run", "--", "-k", "x", "--", "y"]) == (["run"], ["-k", "x", "--", "y"])

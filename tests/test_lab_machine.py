@@ -206,7 +206,7 @@ def test_insisting_on_kvm_in_vain_is_one_line_and_costs_nothing(
     monkeypatch.setattr(machine, "nested_kvm_obstacle", lambda _root: "the moon is full")
     monkeypatch.setattr(vm_cli, "require_qemu", lambda _name: "qemu")
     monkeypatch.setattr(vm_cli, "build", lambda **_: pytest.fail("a kernel was built"))
-    assert main(["vm", "--accel=kvm", "--source=/a/tree"]) == ExitCode.HARNESS
+    assert main(["vm", "--accel=kvm", "--source=/a/tree"]) == ExitCode.BISECT_STOP
     told = capsys.readouterr().err.splitlines()
     assert told == ["kvmgmem: error: KVM cannot accelerate the guest: the moon is full", "  hint: use --accel tcg"]
 

@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
     from kvmgmem.contract_report import add_contract_parser
     from kvmgmem.coverage.coverage_cli import add_coverage_parser
     from kvmgmem.fuzz import add_fuzz_parser
-    from kvmgmem.lab.kernel_cli import add_kernel_parser
+    from kvmgmem.lab.kernel.kernel_cli import add_kernel_parser
     from kvmgmem.lab.kselftest_cli import add_kselftest_parser
     from kvmgmem.lab.matrix import add_matrix_parser
     from kvmgmem.lab.vm_cli import add_vm_parser
@@ -87,7 +87,7 @@ def dispatch(args: argparse.Namespace) -> int:
     from kvmgmem.contract_report import run_contract
     from kvmgmem.coverage.coverage_cli import run_coverage
     from kvmgmem.fuzz import run_fuzz
-    from kvmgmem.lab.kernel_cli import run_kernel
+    from kvmgmem.lab.kernel.kernel_cli import run_kernel
     from kvmgmem.lab.kselftest_cli import run_kselftest
     from kvmgmem.lab.matrix import run_matrix
     from kvmgmem.lab.vm_cli import run_vm

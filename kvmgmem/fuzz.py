@@ -20,7 +20,7 @@ from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab.progress import Progress
 
 if TYPE_CHECKING:
-    from kvmgmem.lab.supervisor import Request
+    from kvmgmem.lab.supervision.supervisor import Request
     from kvmgmem.model.campaign import Found
 
 BLOCK = 50
@@ -96,7 +96,7 @@ def again(args: argparse.Namespace, path: Path) -> tuple[str, str]:
     replay, repro = ["kvmgmem", "fuzz", "--replay", str(path)], ["kvmgmem", "repro", str(path), "-o", "bug.c"]
     if args.host:
         return shlex.join([*replay, "--host"]), shlex.join(repro)
-    from kvmgmem.lab.kernels import resolve
+    from kvmgmem.lab.kernel.kernels import resolve
 
     kernel = args.kernel or resolve(None).name
     machine = ["--variant", args.variant] if args.variant != "plain" else []
@@ -365,12 +365,12 @@ class Search:
 def guest_request(args: argparse.Namespace, directory: Path, seconds: float) -> "Request":
     """The supervised run of one round; raises `HarnessError` for want of a kernel or of QEMU."""
     from kvmgmem.lab.cache import cache_root
-    from kvmgmem.lab.initramfs import ImageRequest, build_image
-    from kvmgmem.lab.kernels import build, list_kernels, resolve
-    from kvmgmem.lab.limits import Limits
-    from kvmgmem.lab.machine import QEMU, Machine, choose_accelerator, require_kernel_image, require_qemu
-    from kvmgmem.lab.supervisor import Request
-    from kvmgmem.lab.variants import lookup
+    from kvmgmem.lab.guest.initramfs import ImageRequest, build_image
+    from kvmgmem.lab.guest.machine import QEMU, Machine, choose_accelerator, require_kernel_image, require_qemu
+    from kvmgmem.lab.guest.variants import lookup
+    from kvmgmem.lab.kernel.kernels import build, list_kernels, resolve
+    from kvmgmem.lab.supervision.limits import Limits
+    from kvmgmem.lab.supervision.supervisor import Request
     from kvmgmem.lab.vm_cli import FLAVOUR_SLOWNESS, QUIET
 
     variant = lookup(args.variant)

@@ -59,7 +59,7 @@ def _on_host(args: argparse.Namespace) -> int:
 
 def _in_guest(args: argparse.Namespace) -> int:
     from kvmgmem.cli import build_parser
-    from kvmgmem.lab.kernels import build
+    from kvmgmem.lab.kernel.kernels import build
     from kvmgmem.lab.vm_cli import run_vm
 
     # The newest release in the plain flavour, whatever else has been built or fetched since.

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from kvmgmem.lab.limits import Limits
-from kvmgmem.lab.machine import CONSOLE, CONTROL, QMP, RESULTS, Machine
-from kvmgmem.lab.qemu import Line, Qemu
-from kvmgmem.lab.supervisor import Request, Supervisor
+from kvmgmem.lab.guest.machine import CONSOLE, CONTROL, QMP, RESULTS, Machine
+from kvmgmem.lab.guest.qemu import Line, Qemu
+from kvmgmem.lab.supervision.limits import Limits
+from kvmgmem.lab.supervision.supervisor import Request, Supervisor
 from kvmgmem.results.records import Verdict
 from kvmgmem.results.run import Run, exit_code, read_run
 

@@ -37,17 +37,17 @@ from kvmgmem.coverage.report import Circumstances, Machine
 from kvmgmem.coverage.source import Source
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
-from kvmgmem.lab.boot import Boot
-from kvmgmem.lab.counters import CounterFiles
-from kvmgmem.lab.guest_gcov import COUNTERS, END, messages
-from kvmgmem.lab.kbuild import COUNTED_FOLDERS
-from kvmgmem.lab.kernels import Kernel, keep_coverage_notes
-from kvmgmem.lab.lane import Lane
-from kvmgmem.lab.limits import Limits
-from kvmgmem.lab.machine import CONTROL, RESULTS
-from kvmgmem.lab.machine import Machine as QemuMachine
-from kvmgmem.lab.qemu import Line, Qemu
-from kvmgmem.lab.supervisor import Request, Supervisor
+from kvmgmem.lab.guest.gcov import COUNTERS, END, messages
+from kvmgmem.lab.guest.machine import CONTROL, RESULTS
+from kvmgmem.lab.guest.machine import Machine as QemuMachine
+from kvmgmem.lab.guest.qemu import Line, Qemu
+from kvmgmem.lab.kernel.kbuild import COUNTED_FOLDERS
+from kvmgmem.lab.kernel.kernels import Kernel, keep_coverage_notes
+from kvmgmem.lab.supervision.boot import Boot
+from kvmgmem.lab.supervision.counters import CounterFiles
+from kvmgmem.lab.supervision.lane import Lane
+from kvmgmem.lab.supervision.limits import Limits
+from kvmgmem.lab.supervision.supervisor import Request, Supervisor
 
 FILE = "virt/kvm/guest_memfd.c"
 SOURCE = """\

@@ -155,7 +155,7 @@ def test_a_finding_is_played_again_where_it_was_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: Any, replay: str, repro: str
 ) -> None:
     """What is said at the end can be typed as it stands: kernel, machine and parameters are in it."""
-    monkeypatch.setattr("kvmgmem.lab.kernels.resolve", lambda _: argparse.Namespace(name="newest"))
+    monkeypatch.setattr("kvmgmem.lab.kernel.kernels.resolve", lambda _: argparse.Namespace(name="newest"))
     monkeypatch.setattr(fuzz.Search, "in_guests", lambda search, _: search._found(FINDING))
     monkeypatch.setattr(fuzz.Search, "on_host", lambda search, _: search._found(FINDING))
     assert main(["fuzz", "--out", str(tmp_path), *words]) == ExitCode.TEST_FAILED

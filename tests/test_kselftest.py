@@ -16,10 +16,10 @@ from kvmgmem.cli import build_parser
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import kselftest, kselftest_cli
-from kvmgmem.lab.apt import Package
-from kvmgmem.lab.kbuild import BuildError
-from kvmgmem.lab.kernel_source import tree_origin
-from kvmgmem.lab.kernels import Kernel
+from kvmgmem.lab.kernel.apt import Package
+from kvmgmem.lab.kernel.kbuild import BuildError
+from kvmgmem.lab.kernel.kernels import Kernel
+from kvmgmem.lab.kernel.source import tree_origin
 from kvmgmem.lab.progress import Progress
 from kvmgmem.results.compare import label_of
 from kvmgmem.results.records import Verdict

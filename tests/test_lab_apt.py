@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab import apt
-from kvmgmem.lab.apt import Package, Source
+from kvmgmem.lab.kernel import apt
+from kvmgmem.lab.kernel.apt import Package, Source
 from kvmgmem.lab.progress import Progress
 
 needs_apt = pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt: its own parser is the judge")

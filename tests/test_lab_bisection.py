@@ -11,9 +11,9 @@ from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import vm_cli
 from kvmgmem.lab.bisection import in_terms_of_bisect
-from kvmgmem.lab.ending import Cause, Ending, no_test_started
-from kvmgmem.lab.kbuild import BuildError
-from kvmgmem.lab.kernels import BuildOptions, Kernel
+from kvmgmem.lab.kernel.kbuild import BuildError
+from kvmgmem.lab.kernel.kernels import BuildOptions, Kernel
+from kvmgmem.lab.supervision.ending import Cause, Ending, no_test_started
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from kvmgmem.cli import build_parser
 from kvmgmem.lab import vm_cli
-from kvmgmem.lab.capacity import QEMU_MEMORY_MIB, guests_that_fit
+from kvmgmem.lab.guest.capacity import QEMU_MEMORY_MIB, guests_that_fit
 
 
 @pytest.fixture

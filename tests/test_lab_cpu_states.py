@@ -1,6 +1,6 @@
 """What QEMU's monitor says of the CPUs of a silent guest, summed up."""
 
-from kvmgmem.lab.cpu_states import CpuStates, questions
+from kvmgmem.lab.supervision.cpu_states import CpuStates, questions
 
 REGISTERS = """\r
 CPU#0\r

@@ -3,7 +3,7 @@
 import pytest
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab.flavours import (
+from kvmgmem.lab.kernel.flavours import (
     Option,
     compare,
     config_hash,

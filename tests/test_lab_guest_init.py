@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmgmem.lab.guest_init import module_name, module_parameters
+from kvmgmem.lab.guest.init import module_name, module_parameters
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab import rewritten_tests
-from kvmgmem.lab.initramfs import (
+from kvmgmem.lab.guest import rewritten_tests
+from kvmgmem.lab.guest.initramfs import (
     Entry,
     Image,
     ImageRequest,
@@ -31,7 +31,7 @@ from kvmgmem.lab.initramfs import (
     required_distributions,
     trim_elf,
 )
-from kvmgmem.lab.rewritten_tests import rewritten_test
+from kvmgmem.lab.guest.rewritten_tests import rewritten_test
 
 
 def members(data: bytes) -> Iterator[Entry]:
@@ -215,7 +215,7 @@ def test_the_project_layer_holds_the_tests_under_their_own_name(selftests: Path)
     assert "/kvmgmem/selftests/test_one.py" in targets
     assert "/kvmgmem/selftests/deeper/data.txt" in targets
     assert not [target for target in targets if "__pycache__" in target]
-    assert f"{guest_site_packages()}/kvmgmem/lab/guest_init.py" in targets
+    assert f"{guest_site_packages()}/kvmgmem/lab/guest/init.py" in targets
 
 
 def test_modules_are_named_in_their_order(selftests: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_the_images_python_imports_what_a_guest_needs(selftests: Path, shared_ca
     program = (
         "import sys, pytest, psutil, _cffi_backend, ctypes, asyncio, multiprocessing, hashlib, random, socket\n"
         "from pyroute2.netlink.uevent import UeventSocket\n"
-        "import kvmgmem.lab.guest_init, kvmgmem.results.records, kvmgmem.catalogue.contract\n"
+        "import kvmgmem.lab.guest.init, kvmgmem.results.records, kvmgmem.catalogue.contract\n"
         "print(sys.version_info[:2], sys.prefix, hashlib.sha256(b'').hexdigest()[:8])\n"
     )
     done = subprocess.run(

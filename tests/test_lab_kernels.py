@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab import kernels
-from kvmgmem.lab.apt import AptArchive, Package
-from kvmgmem.lab.kernel_cli import add_kernel_parser, run_kernel
-from kvmgmem.lab.kernel_image import image_release
-from kvmgmem.lab.kernel_source import choose_source, is_release, tarball_origin, tree_origin
-from kvmgmem.lab.kernels import Kernel
+from kvmgmem.lab.kernel import kernels
+from kvmgmem.lab.kernel.apt import AptArchive, Package
+from kvmgmem.lab.kernel.image import image_release
+from kvmgmem.lab.kernel.kernel_cli import add_kernel_parser, run_kernel
+from kvmgmem.lab.kernel.kernels import Kernel
+from kvmgmem.lab.kernel.source import choose_source, is_release, tarball_origin, tree_origin
 
 
 @pytest.fixture(autouse=True)

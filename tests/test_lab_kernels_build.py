@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab import cache, kbuild, kernel_source, kernels
-from kvmgmem.lab.flavours import Flavour, Option
-from kvmgmem.lab.kbuild import BuildError, BuildRequest
+from kvmgmem.lab import cache
+from kvmgmem.lab.kernel import kbuild, kernels
+from kvmgmem.lab.kernel import source as kernel_source
+from kvmgmem.lab.kernel.flavours import Flavour, Option
+from kvmgmem.lab.kernel.kbuild import BuildError, BuildRequest
 from kvmgmem.lab.progress import Progress
 
 pytestmark = pytest.mark.skipif(
@@ -209,8 +211,8 @@ INTERRUPTED = """
 import signal
 import sys
 from pathlib import Path
-from kvmgmem.lab import kbuild
-from kvmgmem.lab.flavours import Flavour
+from kvmgmem.lab.kernel import kbuild
+from kvmgmem.lab.kernel.flavours import Flavour
 from kvmgmem.lab.progress import Progress
 # A shell's background job is started with Ctrl-C ignored, and so would be this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -303,8 +305,8 @@ def test_two_builds_of_one_kernel_do_the_work_once(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from kvmgmem.lab import kernels
-from kvmgmem.lab.flavours import Flavour, Option
+from kvmgmem.lab.kernel import kernels
+from kvmgmem.lab.kernel.flavours import Flavour, Option
 kernels.load_flavour = lambda name: Flavour(name, (Option("CONFIG_KVM", "y"),))
 print(kernels.build(tarball=Path(sys.argv[1])).image)
 """

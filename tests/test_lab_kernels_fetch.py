@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab import kernel_fetch, kernel_source, kernels
-from kvmgmem.lab.apt import AptArchive, Package
-from kvmgmem.lab.kernel_modules import dependencies, load_order, module_name, read_module
+from kvmgmem.lab.kernel import fetch as kernel_fetch
+from kvmgmem.lab.kernel import kernels
+from kvmgmem.lab.kernel import source as kernel_source
+from kvmgmem.lab.kernel.apt import AptArchive, Package
+from kvmgmem.lab.kernel.modules import dependencies, load_order, module_name, read_module
 from kvmgmem.lab.progress import Progress
 
 RELEASE = "7.3.4+deb13-amd64"

@@ -9,9 +9,10 @@ import pytest
 from kvmgmem.cli import main
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
-from kvmgmem.lab import machine, vm_cli
-from kvmgmem.lab.guest_init import CONTROL_PORT, RESULTS_PORT
-from kvmgmem.lab.machine import (
+from kvmgmem.lab import vm_cli
+from kvmgmem.lab.guest import machine
+from kvmgmem.lab.guest.init import CONTROL_PORT, RESULTS_PORT
+from kvmgmem.lab.guest.machine import (
     CHANNELS,
     Machine,
     choose_accelerator,

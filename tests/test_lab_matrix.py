@@ -16,9 +16,9 @@ import pytest
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import matrix
-from kvmgmem.lab.kernels import Kernel
+from kvmgmem.lab.guest.variants import VARIANTS, lookup
+from kvmgmem.lab.kernel.kernels import Kernel
 from kvmgmem.lab.matrix import Column, Tally, plan, run_matrix
-from kvmgmem.lab.variants import VARIANTS, lookup
 from kvmgmem.results.records import Circumstances, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict, to_line
 
 
@@ -198,7 +198,7 @@ CANCELLED = """
 import argparse, sys
 from pathlib import Path
 from kvmgmem.lab import matrix
-from kvmgmem.lab.kernels import Kernel
+from kvmgmem.lab.kernel.kernels import Kernel
 out = Path(sys.argv[1])
 column = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 matrix.resolve = lambda spec: Kernel(spec, Path(sys.executable), spec)

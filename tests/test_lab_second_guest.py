@@ -28,10 +28,10 @@ from scripted_guests import (
 )
 
 from kvmgmem.exit_codes import ExitCode
-from kvmgmem.lab.guest_selection import Selection
-from kvmgmem.lab.lane import Lane
-from kvmgmem.lab.qemu import Line
-from kvmgmem.lab.supervisor import Supervisor
+from kvmgmem.lab.guest.qemu import Line
+from kvmgmem.lab.guest.selection import Selection
+from kvmgmem.lab.supervision.lane import Lane
+from kvmgmem.lab.supervision.supervisor import Supervisor
 from kvmgmem.results.records import Verdict
 from kvmgmem.results.run import exit_code
 

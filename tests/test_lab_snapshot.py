@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from kvmgmem.lab.snapshot import KEPT, UNUSED_SECONDS, Snapshot
+from kvmgmem.lab.guest.snapshot import KEPT, UNUSED_SECONDS, Snapshot
 
 HOUR = 3600.0
 

@@ -40,16 +40,16 @@ from scripted_guests import (
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
-from kvmgmem.lab import kernels
-from kvmgmem.lab.ending import Cause, Ending, init_failure, no_test_started, silence_text
-from kvmgmem.lab.initramfs import ImageRequest, archive, build_image
-from kvmgmem.lab.lane import Lane
-from kvmgmem.lab.limits import Limits
-from kvmgmem.lab.machine import CONSOLE, QMP, RESULTS, Machine, require_kernel_image, require_qemu
-from kvmgmem.lab.qemu import MAX_LINE, Line, LineCutter, Qemu
-from kvmgmem.lab.result_channel import split_garbage
-from kvmgmem.lab.snapshot import KEPT
-from kvmgmem.lab.supervisor import Request, Supervisor
+from kvmgmem.lab.guest.initramfs import ImageRequest, archive, build_image
+from kvmgmem.lab.guest.machine import CONSOLE, QMP, RESULTS, Machine, require_kernel_image, require_qemu
+from kvmgmem.lab.guest.qemu import MAX_LINE, Line, LineCutter, Qemu
+from kvmgmem.lab.guest.snapshot import KEPT
+from kvmgmem.lab.kernel import kernels
+from kvmgmem.lab.supervision.ending import Cause, Ending, init_failure, no_test_started, silence_text
+from kvmgmem.lab.supervision.lane import Lane
+from kvmgmem.lab.supervision.limits import Limits
+from kvmgmem.lab.supervision.result_channel import split_garbage
+from kvmgmem.lab.supervision.supervisor import Request, Supervisor
 from kvmgmem.results.records import Verdict
 from kvmgmem.results.run import Run, exit_code, read_run
 

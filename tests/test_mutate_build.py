@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvmgmem.lab import cache
-from kvmgmem.lab.kbuild import IMAGE, BuildRequest
+from kvmgmem.lab.kernel.kbuild import IMAGE, BuildRequest
 from kvmgmem.lab.progress import Progress
 from kvmgmem.mutate import build as build_module
 from kvmgmem.mutate.build import FRAGMENT, Built, build_again, build_base, mutate_flavour

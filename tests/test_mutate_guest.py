@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvmgmem.lab.machine import Machine
-from kvmgmem.lab.supervisor import Request
+from kvmgmem.lab.guest.machine import Machine
+from kvmgmem.lab.supervision.supervisor import Request
 from kvmgmem.mutate.guest import MeteredQemu, OneShot
 from kvmgmem.results.records import TestEnd, Verdict
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab.kernel_source import Origin
+from kvmgmem.lab.kernel.source import Origin
 from kvmgmem.lab.kselftest import Programs
 from kvmgmem.lab.progress import Progress
 from kvmgmem.mutate import kernel_tests as module

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmgmem.lab.flavours import parse_config
+from kvmgmem.lab.kernel.flavours import parse_config
 from kvmgmem.mutate.build import mutate_flavour
 from kvmgmem.mutate.modules import Kernel, are_the_same, goals_for, keep, module_goals
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmgmem._native import ffi, lib
-from kvmgmem.lab.kernel_headers import cached_headers
+from kvmgmem.lab.kernel.headers import cached_headers
 
 NATIVE = Path(__file__).parent.parent / "native"
 CONSTANT = re.compile(r"^#define ((?:KVM|GUEST)_[A-Z0-9_]+) ", re.MULTILINE)

@@ -22,13 +22,13 @@ from kvmgmem.coverage.source import Source
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode, gravest
 from kvmgmem.lab import cache
-from kvmgmem.lab.counters import CounterFiles
-from kvmgmem.lab.kernel_source import slug
-from kvmgmem.lab.kernels import BuildOptions, Kernel, build, resolve
+from kvmgmem.lab.guest.machine import choose_accelerator, require_qemu
+from kvmgmem.lab.guest.variants import lookup
+from kvmgmem.lab.kernel.kernels import BuildOptions, Kernel, build, resolve
+from kvmgmem.lab.kernel.source import slug
 from kvmgmem.lab.kselftest_cli import run_kselftest
-from kvmgmem.lab.machine import choose_accelerator, require_qemu
 from kvmgmem.lab.progress import Progress
-from kvmgmem.lab.variants import lookup
+from kvmgmem.lab.supervision.counters import CounterFiles
 from kvmgmem.lab.vm_cli import run_vm
 from kvmgmem.results.run import read_run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
-from kvmgmem.lab.flavours import parse_config
-from kvmgmem.lab.kernels import Kernel
+from kvmgmem.lab.kernel.flavours import parse_config
+from kvmgmem.lab.kernel.kernels import Kernel
 
 KVM = Path("virt/kvm/kvm_main.c")
 """A file that every kernel with KVM has."""

@@ -1,1 +1,1 @@
-"""The lab: kernels, guest images, the QEMU machine and its supervisor."""
+"""The lab: guest kernels, the guest that boots them, its supervision, and the verbs that put these together."""

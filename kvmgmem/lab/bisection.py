@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
-from kvmgmem.lab.ending import Cause, NoTestStartedError
-from kvmgmem.lab.kbuild import BuildError
+from kvmgmem.lab.kernel.kbuild import BuildError
+from kvmgmem.lab.supervision.ending import Cause, NoTestStartedError
 
 _OF_A_RUN = {
     ExitCode.NOTHING_RAN: ExitCode.BISECT_SKIP,

@@ -21,7 +21,7 @@ from kvmgmem.model.traits import KernelTraits, probe
 from kvmgmem.results.records import Note, Record, TestEnd, Verdict
 
 if TYPE_CHECKING:
-    from kvmgmem.lab.supervisor import Request
+    from kvmgmem.lab.supervision.supervisor import Request
 
 JOB = "KVMGMEM_FUZZ"
 FOUND, SEED, TRAITS, PLAYED = "fuzz found: ", "fuzz seed: ", "fuzz traits: ", "fuzz played: "
@@ -150,7 +150,7 @@ def run_round(make_request: Callable[[Path], "Request"], job: Job, on_record: Ca
     `make_request` makes the supervisor's request for a directory of tests; the job is added to its environment here. What
     `on_record` raises ends the guest.
     """
-    from kvmgmem.lab.supervisor import Supervisor
+    from kvmgmem.lab.supervision.supervisor import Supervisor
 
     result = Round()
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import cache
-from kvmgmem.lab.apt import AptArchive, Package
-from kvmgmem.lab.kbuild import BUILD_TIMEOUT, CONFIGURE_TIMEOUT, build_environment, logged_output
-from kvmgmem.lab.kernel_source import Origin, choose_source, is_release, package_origin, source_tree, tree_origin
-from kvmgmem.lab.kernels import refuse_odd_path
+from kvmgmem.lab.kernel.apt import AptArchive, Package
+from kvmgmem.lab.kernel.kbuild import BUILD_TIMEOUT, CONFIGURE_TIMEOUT, build_environment, logged_output
+from kvmgmem.lab.kernel.kernels import refuse_odd_path
+from kvmgmem.lab.kernel.source import Origin, choose_source, is_release, package_origin, source_tree, tree_origin
 from kvmgmem.lab.progress import Progress
 
 FOLDER = Path("tools/testing/selftests/kvm")

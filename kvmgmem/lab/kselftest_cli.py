@@ -8,12 +8,12 @@ from pathlib import Path
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import cache
-from kvmgmem.lab.initramfs import PROJECT_DIRECTORY
-from kvmgmem.lab.kbuild import tree_version
-from kvmgmem.lab.kernel_source import Origin
-from kvmgmem.lab.kernels import Kernel, resolve
+from kvmgmem.lab.guest.initramfs import PROJECT_DIRECTORY
+from kvmgmem.lab.guest.machine import choose_accelerator, require_qemu
+from kvmgmem.lab.kernel.kbuild import tree_version
+from kvmgmem.lab.kernel.kernels import Kernel, resolve
+from kvmgmem.lab.kernel.source import Origin
 from kvmgmem.lab.kselftest import DEFAULT_TESTS, Programs, build_tests, find_source, list_tests
-from kvmgmem.lab.machine import choose_accelerator, require_qemu
 from kvmgmem.lab.progress import Progress
 from kvmgmem.lab.vm_cli import add_machine_options, machine_words, run_vm
 from kvmgmem.results.outputs import add_output_options

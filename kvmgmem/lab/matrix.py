@@ -20,10 +20,10 @@ from pathlib import Path
 
 from kvmgmem.errors import ERROR_PREFIX, HarnessError
 from kvmgmem.exit_codes import GRAVITY, ExitCode, gravest
-from kvmgmem.lab.capacity import guests_that_fit
-from kvmgmem.lab.kernels import Kernel, resolve
+from kvmgmem.lab.guest.capacity import guests_that_fit
+from kvmgmem.lab.guest.variants import PLAIN, VARIANTS, Variant, is_variant, lookup
+from kvmgmem.lab.kernel.kernels import Kernel, resolve
 from kvmgmem.lab.termination import terminable
-from kvmgmem.lab.variants import PLAIN, VARIANTS, Variant, is_variant, lookup
 from kvmgmem.lab.vm_cli import FLAVOUR_SLOWNESS
 from kvmgmem.results.compare import compare, write_comparison
 from kvmgmem.results.html import write_html_comparison

@@ -15,12 +15,9 @@ from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab.bisection import in_terms_of_bisect
 from kvmgmem.lab.cache import cache_root
-from kvmgmem.lab.capacity import guests_that_fit
-from kvmgmem.lab.counters import CounterFiles
-from kvmgmem.lab.initramfs import Image, ImageRequest, build_image, find_busybox
-from kvmgmem.lab.kernels import Kernel, build, list_kernels, resolve
-from kvmgmem.lab.limits import Limits
-from kvmgmem.lab.machine import (
+from kvmgmem.lab.guest.capacity import guests_that_fit
+from kvmgmem.lab.guest.initramfs import Image, ImageRequest, build_image, find_busybox
+from kvmgmem.lab.guest.machine import (
     QEMU,
     Accelerator,
     Machine,
@@ -29,9 +26,12 @@ from kvmgmem.lab.machine import (
     require_kernel_image,
     require_qemu,
 )
+from kvmgmem.lab.guest.variants import lookup
+from kvmgmem.lab.kernel.kernels import Kernel, build, list_kernels, resolve
 from kvmgmem.lab.progress import Progress
-from kvmgmem.lab.supervisor import Request, Supervisor
-from kvmgmem.lab.variants import lookup
+from kvmgmem.lab.supervision.counters import CounterFiles
+from kvmgmem.lab.supervision.limits import Limits
+from kvmgmem.lab.supervision.supervisor import Request, Supervisor
 from kvmgmem.results.outputs import add_output_options, report
 from kvmgmem.run import results_path, selftests_directory
 from kvmgmem.trace.file import write_traces

@@ -14,8 +14,8 @@ from typing import Final
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab import cache
-from kvmgmem.lab.flavours import BASE, Flavour, load_flavour, overlay, parse_fragment
-from kvmgmem.lab.kbuild import IMAGE, BuildRequest, build, build_environment, first_error
+from kvmgmem.lab.kernel.flavours import BASE, Flavour, load_flavour, overlay, parse_fragment
+from kvmgmem.lab.kernel.kbuild import IMAGE, BuildRequest, build, build_environment, first_error
 from kvmgmem.lab.progress import Progress
 from kvmgmem.mutate.tree import OBJECTS
 

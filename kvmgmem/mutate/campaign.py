@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab.flavours import config_hash, parse_config
-from kvmgmem.lab.kbuild import BuildError
+from kvmgmem.lab.kernel.flavours import config_hash, parse_config
+from kvmgmem.lab.kernel.kbuild import BuildError
 from kvmgmem.lab.progress import Progress, duration_text
 from kvmgmem.mutate import tree as private_tree
 from kvmgmem.mutate.apply import Applied, DoesNotApply, apply_mutant, read_source

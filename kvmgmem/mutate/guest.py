@@ -9,10 +9,10 @@ from typing import Final
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
-from kvmgmem.lab.limits import Limits
-from kvmgmem.lab.machine import Machine
-from kvmgmem.lab.qemu import Line, Qemu
-from kvmgmem.lab.supervisor import Request, Supervisor
+from kvmgmem.lab.guest.machine import Machine
+from kvmgmem.lab.guest.qemu import Line, Qemu
+from kvmgmem.lab.supervision.limits import Limits
+from kvmgmem.lab.supervision.supervisor import Request, Supervisor
 from kvmgmem.mutate.modules import Kernel
 from kvmgmem.results.records import Plan, Record, TestEnd, TestStart, Verdict
 

@@ -8,8 +8,8 @@ from typing import Final
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab import cache
-from kvmgmem.lab.initramfs import PROJECT_DIRECTORY, ImageRequest, build_image
-from kvmgmem.lab.kernel_source import Origin
+from kvmgmem.lab.guest.initramfs import PROJECT_DIRECTORY, ImageRequest, build_image
+from kvmgmem.lab.kernel.source import Origin
 from kvmgmem.lab.kselftest import NODE_PREFIX, build_tests
 from kvmgmem.lab.progress import Progress
 from kvmgmem.mutate.catalogue import Mutant

@@ -10,10 +10,10 @@ from pathlib import Path
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import cache
-from kvmgmem.lab.initramfs import ImageRequest, build_image
-from kvmgmem.lab.kernel_source import Origin, source_tree
+from kvmgmem.lab.guest.initramfs import ImageRequest, build_image
+from kvmgmem.lab.guest.machine import choose_accelerator, require_qemu
+from kvmgmem.lab.kernel.source import Origin, source_tree
 from kvmgmem.lab.kselftest import find_source
-from kvmgmem.lab.machine import choose_accelerator, require_qemu
 from kvmgmem.lab.progress import Progress
 from kvmgmem.mutate import report
 from kvmgmem.mutate.apply import Applied, DoesNotApply, check, read_source

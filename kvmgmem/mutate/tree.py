@@ -13,7 +13,7 @@ from typing import Final
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab.cache import disk_errors
-from kvmgmem.lab.kbuild import tree_version
+from kvmgmem.lab.kernel.kbuild import tree_version
 
 OBJECTS: Final = "kvmgmem-objects"
 """The folder of what is built, below the private tree."""

@@ -14,8 +14,8 @@ from typing import IO
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab import cache
-from kvmgmem.lab.apt import AptArchive, Package
-from kvmgmem.lab.kbuild import tree_version
+from kvmgmem.lab.kernel.apt import AptArchive, Package
+from kvmgmem.lab.kernel.kbuild import tree_version
 from kvmgmem.lab.progress import Progress
 
 # Measured on 7.3: 1.9 GB unpacked.

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab import cache
-from kvmgmem.lab.apt import AptArchive, Package
-from kvmgmem.lab.flavours import config_hash
-from kvmgmem.lab.kernel_image import image_release
-from kvmgmem.lab.kernel_modules import load_order, module_name, read_module
-from kvmgmem.lab.kernel_source import deb_files, downloaded, is_release, slug
-from kvmgmem.lab.kernels import DISTRIBUTION, Kernel, list_kernels, load, save
+from kvmgmem.lab.kernel.apt import AptArchive, Package
+from kvmgmem.lab.kernel.flavours import config_hash
+from kvmgmem.lab.kernel.image import image_release
+from kvmgmem.lab.kernel.kernels import DISTRIBUTION, Kernel, list_kernels, load, save
+from kvmgmem.lab.kernel.modules import load_order, module_name, read_module
+from kvmgmem.lab.kernel.source import deb_files, downloaded, is_release, slug
 from kvmgmem.lab.progress import Progress
 
 # "linux-image-7.3.4+deb13-amd64" and "linux-image-6.8.0-31-generic", not the -rt, -cloud, -dbg and -unsigned ones.

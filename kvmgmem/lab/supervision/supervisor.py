@@ -15,11 +15,11 @@ from typing import Protocol
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode, code_of_part, gravest
-from kvmgmem.lab.boot import PSEUDO_PREFIX
-from kvmgmem.lab.lane import Lane
-from kvmgmem.lab.limits import Limits
-from kvmgmem.lab.machine import Machine
-from kvmgmem.lab.qemu import Qemu
+from kvmgmem.lab.guest.machine import Machine
+from kvmgmem.lab.guest.qemu import Qemu
+from kvmgmem.lab.supervision.boot import PSEUDO_PREFIX
+from kvmgmem.lab.supervision.lane import Lane
+from kvmgmem.lab.supervision.limits import Limits
 from kvmgmem.lab.termination import terminable
 from kvmgmem.results.records import Heartbeat, Plan, Record, RunEnd, TestEnd, TestStart, Verdict
 from kvmgmem.results.run import collect, exit_code
@@ -53,7 +53,7 @@ class Request:
     keep_collected: bool = False
     """Keep the guest with its tests collected when it is booted for the first time, too."""
     counters: Path | None = None
-    """Where the counters of a coverage kernel are to go (kvmgmem.lab.counters); None where nobody wants them."""
+    """Where the counters of a coverage kernel are to go (kvmgmem.lab.supervision.counters); None where nobody wants them."""
 
 
 class Listener(Protocol):

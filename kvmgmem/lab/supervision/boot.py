@@ -11,15 +11,15 @@ from enum import Flag, auto
 from typing import Any, Protocol
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab import guest_gcov
-from kvmgmem.lab.cpu_states import CpuStates, questions
-from kvmgmem.lab.ending import Cause, Ending, init_failure, internal_error, silence_text
-from kvmgmem.lab.guest_init import PROTOCOL
-from kvmgmem.lab.limits import Limits
-from kvmgmem.lab.machine import CONSOLE, CONTROL, QMP, RESULTS
-from kvmgmem.lab.qemu import Line, Qemu
-from kvmgmem.lab.result_channel import RECORD_BEGINS, split_garbage
-from kvmgmem.lab.snapshot import Snapshot, States
+from kvmgmem.lab.guest import gcov as guest_gcov
+from kvmgmem.lab.guest.init import PROTOCOL
+from kvmgmem.lab.guest.machine import CONSOLE, CONTROL, QMP, RESULTS
+from kvmgmem.lab.guest.qemu import Line, Qemu
+from kvmgmem.lab.guest.snapshot import Snapshot, States
+from kvmgmem.lab.supervision.cpu_states import CpuStates, questions
+from kvmgmem.lab.supervision.ending import Cause, Ending, init_failure, internal_error, silence_text
+from kvmgmem.lab.supervision.limits import Limits
+from kvmgmem.lab.supervision.result_channel import RECORD_BEGINS, split_garbage
 from kvmgmem.results.records import Heartbeat, Note, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict, parse_line
 from kvmgmem.splats import Kind, Splat, block_is_complete, find_splats, kind_of, message_of
 

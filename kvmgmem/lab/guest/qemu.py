@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab.machine import CHANNELS, CONSOLE, CONTROL, QMP, RESULTS, Machine, command_line
+from kvmgmem.lab.guest.machine import CHANNELS, CONSOLE, CONTROL, QMP, RESULTS, Machine, command_line
 
 PR_SET_PDEATHSIG = 1
 MAX_LINE = 4 << 20

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab.cache import disk_errors
-from kvmgmem.lab.guest_gcov import COUNTERS, END
+from kvmgmem.lab.guest.gcov import COUNTERS, END
 
 MAX_BYTES = 16 << 20
 """No file of counters comes near that; a guest that says otherwise is broken."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab import cache
-from kvmgmem.lab.flavours import Comparison, Flavour, Version, compare, parse_config
+from kvmgmem.lab.kernel.flavours import Comparison, Flavour, Version, compare, parse_config
 from kvmgmem.lab.progress import Progress
 from kvmgmem.lab.termination import terminable
 

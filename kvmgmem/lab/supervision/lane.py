@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmgmem.lab.boot import PSEUDO_PREFIX, Boot, Keeps
-from kvmgmem.lab.counters import CounterFiles
-from kvmgmem.lab.ending import Cause, Ending, no_test_started, worth_another_boot
-from kvmgmem.lab.machine import Machine
-from kvmgmem.lab.qemu import Qemu
-from kvmgmem.lab.snapshot import Snapshot, States, states_of
-from kvmgmem.lab.tcg_faults import TcgFault, fault_behind
+from kvmgmem.lab.guest.machine import Machine
+from kvmgmem.lab.guest.qemu import Qemu
+from kvmgmem.lab.guest.snapshot import Snapshot, States, states_of
+from kvmgmem.lab.supervision.boot import PSEUDO_PREFIX, Boot, Keeps
+from kvmgmem.lab.supervision.counters import CounterFiles
+from kvmgmem.lab.supervision.ending import Cause, Ending, no_test_started, worth_another_boot
+from kvmgmem.lab.supervision.tcg_faults import TcgFault, fault_behind
 from kvmgmem.results.records import Note, Plan, Record, RunEnd, RunStart, TestEnd, Verdict
 
 if TYPE_CHECKING:
-    from kvmgmem.lab.supervisor import Supervisor
+    from kvmgmem.lab.supervision.supervisor import Supervisor
 
 FRUITLESS_BOOTS = 2
 """Boots in a row without a single test started, after which there is no point in another."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.lab import cache
-from kvmgmem.lab.apt import AptArchive
-from kvmgmem.lab.kernel_source import deb_files, downloaded, slug
+from kvmgmem.lab.kernel.apt import AptArchive
+from kvmgmem.lab.kernel.source import deb_files, downloaded, slug
 from kvmgmem.lab.progress import Progress
 
 # Debian keeps an architecture's asm/ below its triplet, since linux-libc-dev is one package for all below lib/linux/uapi.

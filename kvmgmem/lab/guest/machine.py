@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab.guest_init import CONTROL_PORT, RESULTS_PORT
+from kvmgmem.lab.guest.init import CONTROL_PORT, RESULTS_PORT
 
 QEMU = "qemu-system-x86_64"
 
@@ -47,7 +47,7 @@ class Machine:
     """Wait for a debugger on TCP port 1234 before the first instruction."""
     qemu: str = QEMU
     incoming: Path | None = None
-    """The state of a guest that has booted (kvmgmem.lab.snapshot), to go on from; it waits for the monitor's `cont`."""
+    """The state of a guest that was kept (kvmgmem.lab.guest.snapshot), to go on from; it waits for the monitor's `cont`."""
 
 
 def command_line(machine: Machine, channels: Mapping[str, int]) -> list[str]:

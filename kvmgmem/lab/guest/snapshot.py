@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvmgmem.lab.cache import MiB, free_bytes
-from kvmgmem.lab.guest_init import PROTOCOL
-from kvmgmem.lab.machine import Machine, command_line
+from kvmgmem.lab.guest.init import PROTOCOL
+from kvmgmem.lab.guest.machine import Machine, command_line
 
 KEPT = 24
 """How many states are kept, the least recently used going first; each takes 150 to 230 MiB.

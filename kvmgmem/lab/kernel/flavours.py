@@ -75,7 +75,7 @@ class Flavour:
 
 def flavour_names() -> list[str]:
     """The names of the flavours that the package holds."""
-    files = resources.files("kvmgmem.lab").joinpath("flavours").iterdir()
+    files = resources.files("kvmgmem.lab.kernel").joinpath("flavours").iterdir()
     return sorted(file.name.removesuffix(".config") for file in files if file.name.endswith(".config"))
 
 
@@ -162,4 +162,4 @@ def config_hash(config: str) -> str:
 
 
 def _read(name: str) -> str:
-    return resources.files("kvmgmem.lab").joinpath("flavours", f"{name}.config").read_text(encoding="utf-8")
+    return resources.files("kvmgmem.lab.kernel").joinpath("flavours", f"{name}.config").read_text(encoding="utf-8")

@@ -34,9 +34,9 @@ from pathlib import Path, PurePosixPath
 
 import kvmgmem
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab import rewritten_tests
 from kvmgmem.lab.cache import disk_errors, write_file
-from kvmgmem.lab.rewritten_tests import rewritten_test
+from kvmgmem.lab.guest import rewritten_tests
+from kvmgmem.lab.guest.rewritten_tests import rewritten_test
 
 PROJECT_DIRECTORY = "/kvmgmem"
 """Where the guest's runner starts: the selftests directory lies in it under its own name: node ids as on a host."""
@@ -494,7 +494,7 @@ def _init_script() -> str:
         f"#!{GUEST_PYTHON} -IS\n"
         "import sys\n"
         f"sys.path.append({guest_site_packages()!r})\n"
-        "from kvmgmem.lab.guest_init import main\n"
+        "from kvmgmem.lab.guest.init import main\n"
         "main()\n"
     )
 

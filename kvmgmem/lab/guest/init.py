@@ -114,7 +114,7 @@ class Control:
 def main() -> NoReturn:
     """Run as PID 1; does not return."""
     if os.getpid() != 1:
-        sys.exit("kvmgmem.lab.guest_init is the guest's init, nothing to run by hand")
+        sys.exit("kvmgmem.lab.guest.init is the guest's init, nothing to run by hand")
     control: Control | None = None
     try:
         started = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -150,7 +150,7 @@ def _serve(control: Control) -> None:
     runner.tell({key: value for key, value in job.items() if key != "modules"})
     status = _watch(control, runner, float(job.get("heartbeat", HEARTBEAT_SECONDS)))
     if job.get("counters"):
-        from kvmgmem.lab.guest_gcov import messages
+        from kvmgmem.lab.guest.gcov import messages
 
         for record, fields in messages():
             control.send(record, **fields)
@@ -415,7 +415,7 @@ def _run_pytest(job: dict[str, Any], messages: IO[bytes]) -> int:
 
     import pytest
 
-    from kvmgmem.lab.guest_selection import Selection
+    from kvmgmem.lab.guest.selection import Selection
 
     def await_word() -> dict[str, Any]:
         os.kill(1, COLLECTED)

@@ -6,7 +6,7 @@ A test that meets such a fault is begun again, a few times at most: a kernel tha
 import re
 from dataclasses import dataclass
 
-from kvmgmem.lab.machine import Machine
+from kvmgmem.lab.guest.machine import Machine
 from kvmgmem.results.records import Verdict
 
 

@@ -14,12 +14,12 @@ from typing import Any
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
 from kvmgmem.lab import cache
-from kvmgmem.lab.apt import AptArchive
-from kvmgmem.lab.flavours import BASE, Flavour, config_hash, load_flavour
-from kvmgmem.lab.kbuild import BuildRequest, BuildResult
-from kvmgmem.lab.kbuild import build as run_build
-from kvmgmem.lab.kernel_image import image_release, is_elf
-from kvmgmem.lab.kernel_source import (
+from kvmgmem.lab.kernel.apt import AptArchive
+from kvmgmem.lab.kernel.flavours import BASE, Flavour, config_hash, load_flavour
+from kvmgmem.lab.kernel.image import image_release, is_elf
+from kvmgmem.lab.kernel.kbuild import BuildRequest, BuildResult
+from kvmgmem.lab.kernel.kbuild import build as run_build
+from kvmgmem.lab.kernel.source import (
     Origin,
     choose_source,
     is_release,

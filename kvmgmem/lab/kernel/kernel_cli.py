@@ -8,8 +8,9 @@ from pathlib import Path
 
 from kvmgmem.errors import HarnessError
 from kvmgmem.exit_codes import ExitCode
-from kvmgmem.lab import cache, kernels
-from kvmgmem.lab.flavours import BASE, flavour_names
+from kvmgmem.lab import cache
+from kvmgmem.lab.kernel import kernels
+from kvmgmem.lab.kernel.flavours import BASE, flavour_names
 
 
 def add_kernel_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -51,13 +52,13 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from kvmgmem.lab.kernel_fetch import fetch
+    from kvmgmem.lab.kernel.fetch import fetch
 
     print("\n".join(kernels.summary(fetch(args.release, args.refresh))))
 
 
 def _headers(args: argparse.Namespace) -> None:
-    from kvmgmem.lab.kernel_headers import fetch_headers
+    from kvmgmem.lab.kernel.headers import fetch_headers
 
     print(fetch_headers(args.refresh))
 

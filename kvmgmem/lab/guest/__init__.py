@@ -1,0 +1,1 @@
+"""The guest: its image, its machine, and what runs inside of it."""

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -124,7 +124,7 @@ def _run_vm(args: argparse.Namespace) -> int:
             progress.note(_gdb_line(kernel))
         supervisor = _supervise(args, kernel, machine, accelerator, results, progress) if results else None
     if results is None or supervisor is None:
-        return _shell(machine)
+        return _shell(machine, _preparation(kernel, accelerator), image_request.busybox is not None)
     if args.trace:
         write_traces(supervisor.records, Path(args.trace))
     if not supervisor.records:
@@ -191,7 +191,7 @@ def _supervise(
     progress: Progress,
 ) -> Supervisor:
     """Run the selftests in the guest; the supervisor knows what came of it."""
-    time_scale = accelerator.time_scale * FLAVOUR_SLOWNESS.get(kernel.flavour or "", 1.0)
+    time_scale = _time_scale(kernel, accelerator)
     # Twice what the runner in the guest allows itself.
     limits = Limits(test=2 * (args.timeout or DEFAULT_TEST_SECONDS)).scaled(time_scale)
     request = Request(
@@ -295,10 +295,26 @@ def _gdb_line(kernel: Kernel) -> str:
     return f"waiting for a debugger: gdb {vmlinux} -ex 'target remote :{GDB_PORT}' -ex continue"
 
 
-def _shell(machine: Machine) -> int:
+def _time_scale(kernel: Kernel, accelerator: Accelerator) -> float:
+    return accelerator.time_scale * FLAVOUR_SLOWNESS.get(kernel.flavour or "", 1.0)
+
+
+def _preparation(kernel: Kernel, accelerator: Accelerator) -> dict[str, str]:
+    """What tests in the shell's guest are told of it, as those are that a runner of ours runs there."""
+    return {
+        "KVMGMEM_ACCELERATOR": accelerator.name,
+        "KVMGMEM_FLAVOUR": kernel.flavour or "",
+        "KVMGMEM_TIME_SCALE": f"{_time_scale(kernel, accelerator):g}",
+    }
+
+
+def _shell(machine: Machine, environment: Mapping[str, str], busybox: bool) -> int:
     """Hand the terminal to the guest's serial console; returns when the shell ends or QEMU is told to quit."""
-    print("kvmgmem: a shell in the guest; `exit` powers it off, Ctrl-A x ends QEMU at once", flush=True)
-    arguments: Sequence[str] = command_line(replace(machine, append=f"{machine.append} kvmgmem.shell".strip()), {})
+    what = "a shell" if busybox else "Python, for want of a shell (apt install busybox-static),"
+    print(f"kvmgmem: {what} in the guest; its end powers it off, Ctrl-A x ends QEMU at once", flush=True)
+    # What the kernel does not know, and has no dot in its name, becomes init's environment (unknown_bootoption, 7.3).
+    words = [machine.append, "kvmgmem.shell", *(f"{name}={value}" for name, value in environment.items() if value)]
+    arguments: Sequence[str] = command_line(replace(machine, append=" ".join(words).strip()), {})
     started = time.monotonic()
     status = subprocess.run(arguments, check=False).returncode
     if status != 0:

@@ -456,6 +456,7 @@ def _shell() -> None:
         for fd in (0, 1, 2):
             os.dup2(terminal, fd)
         os.chdir(PROJECT_DIRECTORY)
-        os.execve(shell[0], shell, {**ENVIRONMENT, "PS1": "guest:\\w# "})
+        told = {name: value for name, value in os.environ.items() if name.startswith("KVMGMEM_")}
+        os.execve(shell[0], shell, {**ENVIRONMENT, **told, "PS1": "guest:\\w# "})
     while os.waitpid(-1, 0)[0] != pid:
         pass

@@ -229,6 +229,17 @@ def test_what_only_the_emulator_did_is_no_verdict(results: Path, ends: bool) -> 
     assert exit_code(run) == ExitCode.OK
 
 
+def test_what_the_emulator_did_between_tests_is_no_test_at_all(results: Path) -> None:
+    """Neither a verdict nor a start without an end, which would read as a lost test."""
+    torn = [[*GREETING, RUN_START, plan("a", "b"), *passing("a"), *TORN], None]
+    last = [*GREETING, RUN_START, plan("b"), *passing("b"), RUN_END, GOODBYE]
+    scripted = Scripted(results, torn, [last])
+    run = scripted.run()
+    assert verdicts(run) == {"a": Verdict.PASSED, "b": Verdict.PASSED}
+    assert any("the guest is begun again: kernel oops: Oops: int3" in note for note in scripted.notes)
+    assert exit_code(run) == ExitCode.OK
+
+
 @pytest.mark.parametrize(
     ("machine", "chances"), [(MACHINE, 5), (replace(MACHINE, cpus=1), 0), (replace(MACHINE, accelerator="kvm"), 0)]
 )

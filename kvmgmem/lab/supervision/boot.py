@@ -81,8 +81,8 @@ class Account(Protocol):
     def keep_counters(self, message: dict[str, Any]) -> None:
         """Keep what the kernel counted. Raises ValueError for what is no such message."""
 
-    def pseudo_test(self) -> str:
-        """A new node id for what happened while no test was open."""
+    def charge_to_nobody(self, verdict: Verdict, reason: str, excerpt: tuple[str, ...]) -> None:
+        """Keep what happened while no test was open, as a test of its own."""
 
 
 class Boot:
@@ -558,10 +558,7 @@ class Boot:
 
     def _charge_to_nobody(self, verdict: Verdict, reason: str, excerpt: Sequence[str]) -> None:
         after = self._last_end.test if self._last_end else "the boot"
-        test = self._account.pseudo_test()
-        now = time.time()
-        self._account.write(TestStart(test, now, rule="The kernel is well between the tests, too."))
-        self._account.write(TestEnd(test, now, verdict, reason=f"{reason} (after {after})", kernel_log=tuple(excerpt)))
+        self._account.charge_to_nobody(verdict, f"{reason} (after {after})", tuple(excerpt))
 
 
 def _today() -> dict[str, Any]:

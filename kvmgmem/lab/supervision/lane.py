@@ -14,7 +14,7 @@ from kvmgmem.lab.supervision.boot import PSEUDO_PREFIX, Boot, Keeps
 from kvmgmem.lab.supervision.counters import CounterFiles
 from kvmgmem.lab.supervision.ending import Cause, Ending, no_test_started, worth_another_boot
 from kvmgmem.lab.supervision.tcg_faults import TcgFault, fault_behind
-from kvmgmem.results.records import Note, Plan, Record, RunEnd, RunStart, TestEnd, Verdict
+from kvmgmem.results.records import Note, Plan, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict
 
 if TYPE_CHECKING:
     from kvmgmem.lab.supervision.supervisor import Supervisor
@@ -184,14 +184,19 @@ class Lane:
     def write(self, record: Record) -> None:
         """Keep a record, and mind what of the share is done."""
         if isinstance(record, TestEnd):
-            fault = fault_behind(record.verdict, record.reason, self._request.machine)
-            if fault is not None and self._second_chances.count(record.test) < fault.chances:
+            fault = self._chance_for(record)
+            if fault is not None:
                 record = self._second_chance(record, fault)
             else:
                 self._done.add(record.test)
         if isinstance(record, Plan) and not self._plan:
             self._plan = record.tests
         self._supervisor.write(record)
+
+    def _chance_for(self, end: TestEnd) -> TcgFault | None:
+        """The emulator's fault for which a test is to be begun again; None where there is none, or not once more."""
+        fault = fault_behind(end.verdict, end.reason, self._request.machine)
+        return fault if fault is not None and self._second_chances.count(end.test) < fault.chances else None
 
     def _second_chance(self, end: TestEnd, fault: TcgFault) -> Note:
         """A note in place of the verdict: the test is begun again with the next boot."""
@@ -219,6 +224,9 @@ class Lane:
         if self._request.counters is not None:
             CounterFiles(self._request.counters).take(self._boot_number, message)
 
-    def pseudo_test(self) -> str:
-        """A new node id for what happened while no test was open."""
-        return self._supervisor.pseudo_test()
+    def charge_to_nobody(self, verdict: Verdict, reason: str, excerpt: tuple[str, ...]) -> None:
+        """Keep what happened while no test was open, as a test of its own; nothing of one that the emulator spoilt."""
+        end = TestEnd(self._supervisor.pseudo_test(), time.time(), verdict, reason=reason, kernel_log=excerpt)
+        if self._chance_for(end) is None:
+            self._supervisor.write(TestStart(end.test, end.time, rule="The kernel is well between the tests, too."))
+        self.write(end)

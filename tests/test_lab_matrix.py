@@ -153,6 +153,18 @@ def test_a_complete_column_is_kept_and_an_interrupted_one_done_again(kernels: Pa
     assert (out / "7.3.jsonl.began").read_text() != began["7.3"]
 
 
+def test_a_column_that_the_harness_spoilt_is_done_again(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What QEMU's death or a lost record did says nothing of the kernel; a failure of the kernel's is kept."""
+    out = kernels / "out"
+    fake_guests(monkeypatch, {"7.2": a_run("7.2", Verdict.ERROR), "7.3": a_run("7.3", Verdict.PANICKED)})
+    began: list[dict[str, str]] = []
+    for _ in range(2):
+        assert run_matrix(arguments(out, "7.2", "7.3")) == ExitCode.KERNEL
+        began.append({name: (out / f"{name}.jsonl.began").read_text() for name in ("7.2", "7.3")})
+    assert began[0]["7.3"] == began[1]["7.3"]
+    assert began[0]["7.2"] != began[1]["7.2"]
+
+
 def test_the_slowest_kernel_begins_first(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A debug kernel takes as long as eight others, so it is not left to the end; and an older one skips more."""
     fake_guests(monkeypatch, dict.fromkeys(("6.12", "7.2", "7.3", "7.3-debug"), a_run("7.3", Verdict.PASSED)))

@@ -2,7 +2,8 @@
 
 Every column is one `kvmgmem vm` in a process of its own, which writes its records into the output directory. A column whose
 records are complete, and were made by the same command on the same image, is kept; so a matrix that was interrupted goes on
-where it stopped. When no column waits for a core any more, the one with the most left to do gets a second guest.
+where it stopped. One that the harness spoilt is done again, too. When no column waits for a core any more, the one with the
+most left to do gets a second guest.
 """
 
 import argparse
@@ -200,7 +201,8 @@ def _is_done(column: Column) -> bool:
     key = column.results.with_suffix(".key")
     try:
         same = json.loads(key.read_text()) == json.loads(json.dumps(column.key()))
-        return same and read_run([column.results]).complete
+        run = read_run([column.results])
+        return same and run.complete and exit_code(run) is not ExitCode.HARNESS
     except (OSError, ValueError, HarnessError):
         return False
 

@@ -8,6 +8,7 @@ import pytest
 
 from kvmgmem.results.compare import compare, write_comparison
 from kvmgmem.results.html import write_html, write_html_comparison
+from kvmgmem.results.known_bug_text import bug_line
 from kvmgmem.results.records import Circumstances, Record, RunEnd, RunStart, TestEnd, TestStart, Verdict
 from kvmgmem.results.run import Run, collect
 
@@ -30,9 +31,10 @@ def a_run(release: str, verdicts: dict[str, Verdict], *, variant: str = "", reas
     records: list[Record] = [RunStart("0" * 32, 1.0, facts)]
     for name, verdict in verdicts.items():
         bugs = ("B14",) if verdict is Verdict.KNOWN_BUG else ()
+        absent = ("B14", "B3") if verdict is Verdict.PASSED and name.endswith("looks") else ()
         why = reason if verdict is not Verdict.PASSED else ""
         records.append(TestStart(name, 2.0, "GM-BIND", ("GM-BIND-014",), "A rule."))
-        records.append(TestEnd(name, 3.0, verdict, reason=why, detail=detail, bugs_shown=bugs))
+        records.append(TestEnd(name, 3.0, verdict, reason=why, detail=detail, bugs_shown=bugs, bugs_absent=absent))
     records.append(RunEnd(4.0, 0))
     return collect(records)
 
@@ -66,6 +68,30 @@ def test_faults_come_before_harmless_differences_and_are_all_named() -> None:
     assert "... and 7 more" in text
     assert "10 of the differences are not explained by" in text
     assert "t::s9" not in text
+
+
+def test_a_bug_shows_does_not_or_was_not_looked_for_in_each_column() -> None:
+    """One line a bug says where it is and where it is fixed; a bug that none of the columns has is no news."""
+    bad = a_run("7.1", {"t::looks": Verdict.KNOWN_BUG})
+    good = a_run("7.3.4", {"t::looks": Verdict.PASSED})
+    blind = a_run("6.12", {"t::looks": Verdict.SKIPPED})
+    text = text_of(bad, good, blind)
+    assert "Known bugs (1):   b shows  . does not  (blank) not looked for\n  A B C\n  b .    B14: " in text
+    assert "B3:" not in text
+    assert "Known bugs (" not in text_of(good, blind)
+    out = io.StringIO()
+    write_html_comparison(compare([bad, good, blind]), out)
+    assert data_of(out.getvalue())["bugs"] == [
+        {"id": "B14", "line": bug_line("B14").removeprefix("B14: "), "shows": [True, False, None]}
+    ]
+
+
+def test_known_bugs_come_before_what_a_column_lacks() -> None:
+    """A skip is harmless, and there are many."""
+    names = ("t::a", "t::z")
+    old = a_run("7.1", dict(zip(names, (Verdict.SKIPPED, Verdict.KNOWN_BUG), strict=True)), reason="no such thing")
+    text = text_of(old, a_run("7.3", dict.fromkeys(names, Verdict.PASSED)))
+    assert text.index("t::z") < text.index("t::a")
 
 
 def test_a_test_that_a_column_lacks_is_a_blank() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from kvmgmem.results.features import features_by_column
-from kvmgmem.results.known_bug_text import bug_line
+from kvmgmem.results.known_bug_text import bug_line, bugs_by_column
 from kvmgmem.results.records import Circumstances, Verdict
 from kvmgmem.results.run import Run, TestOutcome, run_fault
 from kvmgmem.results.summary import verdict_line
@@ -143,7 +143,23 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         count = sum(not _is_explained(row) for row in differing)
         what = "a known bug, or something that the column says it lacks"
         yield f"{count} of the differences are not explained by {what}." if count else f"Every difference is {what}."
+    yield from _bugs(comparison, letters)
     yield from _features(comparison, letters)
+
+
+def _bugs(comparison: Comparison, letters: Sequence[str]) -> Iterator[str]:
+    """Which known bug shows in which column: where one came, and where it was fixed."""
+    bugs = bugs_by_column([column.run for column in comparison.columns])
+    if not bugs:
+        return
+    yield ""
+    shows, does_not = SYMBOLS[Verdict.KNOWN_BUG], SYMBOLS[Verdict.PASSED]
+    yield f"Known bugs ({len(bugs)}):   {shows} shows  {does_not} does not  (blank) not looked for"
+    yield "  " + " ".join(letters)
+    symbols = {True: shows, False: does_not, None: " "}
+    for bug, states in bugs.items():
+        yield f"  {' '.join(symbols[state] for state in states)}  {one_line(bug_line(bug))}"
+    yield ""
 
 
 def _features(comparison: Comparison, letters: Sequence[str]) -> Iterator[str]:
@@ -159,16 +175,20 @@ def _features(comparison: Comparison, letters: Sequence[str]) -> Iterator[str]:
 
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows with the same verdicts for the same reasons together, those with a fault first."""
+    """Rows with the same verdicts for the same reasons together, those with a fault first, then those with a known bug."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         key = tuple((outcome.verdict, reason_of(outcome)) if outcome else None for outcome in row.outcomes)
         groups.setdefault(key, []).append(row)
-    return sorted(groups.values(), key=lambda group: not _has_fault(group[0]))
+    return sorted(groups.values(), key=lambda group: (not _has_fault(group[0]), not _has_bug(group[0])))
 
 
 def _has_fault(row: Row) -> bool:
     return any(outcome is not None and outcome.verdict.severity >= Verdict.NOT_RUN.severity for outcome in row.outcomes)
+
+
+def _has_bug(row: Row) -> bool:
+    return any(outcome is not None and outcome.verdict is Verdict.KNOWN_BUG for outcome in row.outcomes)
 
 
 def _is_explained(row: Row) -> bool:

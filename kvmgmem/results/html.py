@@ -7,6 +7,7 @@ from typing import Any, Final, TextIO
 
 from kvmgmem.catalogue import contract as catalogue
 from kvmgmem.results.compare import Column, Comparison, Row, compare, reason_of
+from kvmgmem.results.known_bug_text import bug_line, bugs_by_column
 from kvmgmem.results.run import NO_AREA, Run, exit_code, run_fault
 from kvmgmem.results.summary import outcome_text
 from kvmgmem.results.text import printable
@@ -29,6 +30,10 @@ def write_html_comparison(comparison: Comparison, out: TextIO) -> None:
         "areas": _areas(comparison.rows),
         "rows": {row_id: _contract_row(row_id) for row in comparison.rows for row_id in row.contract},
         "tests": [_test(row) for row in comparison.rows],
+        "bugs": [
+            {"id": bug, "line": bug_line(bug).removeprefix(f"{bug}: "), "shows": shows}
+            for bug, shows in bugs_by_column([column.run for column in comparison.columns]).items()
+        ],
     }
     # "</script>" inside a text must not end the element that holds it.
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("</", "<\\/")

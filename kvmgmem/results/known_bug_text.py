@@ -1,6 +1,6 @@
 """What reports say about known bugs: one line for each, and which tests showed it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmgmem.catalogue import known_bugs
@@ -27,6 +27,15 @@ def sightings(run: Run) -> Mapping[str, BugSightings]:
     order = {bug: place for place, bug in enumerate(known_bugs.load())}
     looked_for = sorted(shown.keys() | absent.keys(), key=lambda bug: (order.get(bug, len(order)), bug))
     return {bug: BugSightings(tuple(shown.get(bug, ())), tuple(absent.get(bug, ()))) for bug in looked_for}
+
+
+def bugs_by_column(runs: Sequence[Run]) -> Mapping[str, list[bool | None]]:
+    """Each bug that one of the runs shows, by id: whether it shows in each of them, None where nobody looked for it."""
+    columns = [sightings(run) for run in runs]
+    order = list(known_bugs.load())
+    seen = {bug for column in columns for bug, sighting in column.items() if sighting.shown}
+    ids = sorted(seen, key=lambda bug: (order.index(bug) if bug in order else len(order), bug))
+    return {bug: [bool(column[bug].shown) if bug in column else None for column in columns] for bug in ids}
 
 
 def bug_line(bug_id: str) -> str:

@@ -68,9 +68,11 @@ def test_kvm_takes_the_hosts_processor_and_no_emulation_tricks() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "cpus", "memory"), [(1, 2, 1536), (2, 2, 1536), (2, 4, 1025), (3, 5, 1000)])
-def test_memory_and_processors_are_all_on_nodes(nodes: int, cpus: int, memory: int) -> None:
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+def test_memory_and_processors_are_all_on_nodes(nodes: int, cpus: int, memory: int, accelerator: str) -> None:
     """The parts add up to the whole, and no CPU is left out or given twice."""
-    machine = replace(MACHINE, numa_nodes=nodes, cpus=cpus, memory_mib=memory)
+    machine = replace(MACHINE, numa_nodes=nodes, cpus=cpus, memory_mib=memory, accelerator=accelerator)
+    cpus += accelerator == "tcg"
     words = command_line(machine, DESCRIPTORS)
     backends = [word for word in words if word.startswith("memory-backend-ram")]
     assert sum(int(word.partition("size=")[2].removesuffix("M")) for word in backends) == memory
@@ -85,6 +87,15 @@ def test_memory_and_processors_are_all_on_nodes(nodes: int, cpus: int, memory: i
     if nodes > 1:
         assert {len(node) for node in ranges} == {int(topology["cores"])}
         assert (int(topology["sockets"]), int(topology["cores"]) * nodes) == (nodes, possible)
+
+
+@pytest.mark.parametrize(("accelerator", "cpus", "has"), [("tcg", 2, 3), ("tcg", 4, 5), ("tcg", 1, 1), ("kvm", 2, 2)])
+def test_a_cpu_is_spared_where_emulation_spoils_the_first(accelerator: str, cpus: int, has: int) -> None:
+    """One more than asked for, which init is told to leave alone; none where there is no other one to spoil it."""
+    words = command_line(replace(MACHINE, accelerator=accelerator, cpus=cpus), DESCRIPTORS)
+    assert value_after(words, "-smp") == str(has)
+    told = value_after(words, "-append").split()
+    assert ("kvmgmem.spare_cpu" in told) == ("irqaffinity=1" in told) == (has > cpus)
 
 
 def test_a_debugger_is_waited_for() -> None:

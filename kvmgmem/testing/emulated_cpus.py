@@ -1,4 +1,4 @@
-"""Where CPUs are emulated, all keeps to the first one but a test that wants more.
+"""Where CPUs are emulated, all keeps to the first one it may use but a test that wants more.
 
 Under TCG two CPUs of a guest are two threads of QEMU, and on a busy host one of them often has to wait for a core. Whoever
 wakes a task on the other CPU holds a lock meanwhile (swake_up_one() that of RCU's wait queue), and what is woken there spins
@@ -6,6 +6,7 @@ on it until the waker has got its core again. Two guests on two cores spent a th
 QEMU 7.2.22: 106 s of processor time for what takes 64 s one guest after the other). The same goes for a test that waits: the
 scheduler has it go on where there is room, which is the other CPU, while the work that it waits for is on the first one.
 So a test has the first CPU alone until it can use another one: until it starts a thread or a process, or asks for its CPUs.
+In a guest of ours none of these is QEMU's first one, which is spared (kvmgmem.lab.guest.machine).
 """
 
 import contextlib

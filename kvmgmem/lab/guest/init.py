@@ -38,6 +38,9 @@ COLLECTED = signal.SIGUSR1
 PORT_DEADLINE = 60.0
 """Seconds until a port that has not appeared is taken for missing; modules and slow emulation included."""
 
+SPARE_CPU = "kvmgmem.spare_cpu"
+"""On the kernel's command line: the first CPU is not to be used (kvmgmem.lab.guest.machine says why)."""
+
 RNDRESEEDCRNG = 0x5207
 """_IO('R', 0x07), include/uapi/linux/random.h."""
 
@@ -119,9 +122,12 @@ def main() -> NoReturn:
     try:
         started = time.clock_gettime(time.CLOCK_BOOTTIME)
         _mount_all()
+        words = Path("/proc/cmdline").read_text().split()
+        if SPARE_CPU in words:
+            os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
         _load_modules()
         _raise_loglevel()
-        if "kvmgmem.shell" in Path("/proc/cmdline").read_text().split():
+        if "kvmgmem.shell" in words:
             _shell()
             _power_off()
         control = Control(_port_device(CONTROL_PORT))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmgmem.errors import HarnessError
-from kvmgmem.lab.guest.init import CONTROL_PORT, RESULTS_PORT
+from kvmgmem.lab.guest.init import CONTROL_PORT, RESULTS_PORT, SPARE_CPU
 
 QEMU = "qemu-system-x86_64"
 
@@ -48,6 +48,23 @@ class Machine:
     qemu: str = QEMU
     incoming: Path | None = None
     """The state of a guest that was kept (kvmgmem.lab.guest.snapshot), to go on from; it waits for the monitor's `cont`."""
+
+    @property
+    def spares_a_cpu(self) -> bool:
+        """Whether the guest has one CPU more than asked for, its first one, on which no test runs.
+
+        QEMU's cpu_clear_ignne(), which any CPU calls that loads FPU state without a pending exception (XRSTOR, with every
+        switch of tasks), reads, changes and writes `hflags2` of the *first* CPU, without a lock. What that CPU does in
+        between is undone, and VMRUN and #VMEXIT do a lot there: with HF2_NPT_MASK set again it leaves a guest twice, with
+        HF2_VINTR_MASK or HF2_HIF_MASK gone it never leaves it for an interrupt (7.2.22; the time between stretched by a
+        loop of 300, seven double exits and a hang came in a minute of storms). A CPU that runs no guest has nothing to lose.
+        """
+        return self.accelerator == "tcg" and self.cpus > 1
+
+    @property
+    def all_cpus(self) -> int:
+        """How many CPUs QEMU has: those asked for, and the one that is spared."""
+        return self.cpus + self.spares_a_cpu
 
 
 def command_line(machine: Machine, channels: Mapping[str, int]) -> list[str]:
@@ -109,15 +126,15 @@ def _numa_machine(machine: Machine) -> str:
 
 
 def _cores_of_a_node(machine: Machine) -> int:
-    return -(-machine.cpus // machine.numa_nodes)
+    return -(-machine.all_cpus // machine.numa_nodes)
 
 
 def _processors(machine: Machine) -> str:
     """A socket for each node: cores that share a cache over a border of nodes make the kernel warn (topology_sane)."""
     if machine.numa_nodes == 1:
-        return str(machine.cpus)
+        return str(machine.all_cpus)
     cores, sockets = _cores_of_a_node(machine), machine.numa_nodes
-    return f"{machine.cpus},sockets={sockets},cores={cores},threads=1,maxcpus={cores * sockets}"
+    return f"{machine.all_cpus},sockets={sockets},cores={cores},threads=1,maxcpus={cores * sockets}"
 
 
 def _numa(machine: Machine) -> tuple[str, ...]:
@@ -155,6 +172,9 @@ def kernel_command_line(machine: Machine) -> str:
         # A grace period of RCU looks for idle CPUs at once, not after a tick. Every VM that goes waits for some, and under
         # TCG a sixth of a run was that wait (7.2.13 base, test_bind and test_slot: 19 s, with this 16 s).
         words.append("rcutree.jiffies_till_first_fqs=0")
+    if machine.spares_a_cpu:
+        # The guest's init keeps to the others, and devices interrupt where the tests are.
+        words += [SPARE_CPU, "irqaffinity=1"]
     return " ".join([*words, machine.append]).strip()
 
 

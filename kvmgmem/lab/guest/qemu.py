@@ -75,7 +75,7 @@ class Qemu:
 
     def __init__(self, machine: Machine) -> None:
         """Start it. Raises HarnessError if there is no such program."""
-        self.cpus = machine.cpus
+        self.cpus = machine.all_cpus
         pairs = {name: socket.socketpair() for name in CHANNELS}
         stderr_reader, stderr_writer = os.pipe()
         arguments = command_line(machine, {name: theirs.fileno() for name, (_, theirs) in pairs.items()})

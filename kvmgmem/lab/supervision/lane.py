@@ -53,7 +53,7 @@ class Lane:
             before = len(self._done) + len(self._second_chances)
             ending = self._boot(replace(self._request.machine, verbose=verbose))
             self._supervisor.runner_output = ending.runner_output
-            if self._supervisor.stopping or (ending.cause is Cause.FINISHED and not self._owed()):
+            if self._supervisor.stopping or ending.cause is Cause.FINISHED:
                 return
             if self._drop_bad_snapshot(ending):
                 continue
@@ -71,8 +71,7 @@ class Lane:
             if self._supervisor.boots >= self._request.boots:
                 self._give_up(f"the guest was started {self._supervisor.boots} times, which is the limit")
                 return
-            why = f"after: {ending.reason}" if ending.reason else "for what is to be begun again"
-            self._supervisor.say(f"the guest is started again {why}")
+            self._supervisor.say(f"the guest is started again after: {ending.reason}")
 
     def stop(self) -> None:
         """End the guest at once, from another thread."""
@@ -140,10 +139,6 @@ class Lane:
     def _remaining(self) -> list[str]:
         elsewhere = self._supervisor.taken_from(self)
         return [test for test in self._plan if test not in self._done and test not in elsewhere]
-
-    def _owed(self) -> list[str]:
-        """Tests that the emulator spoilt, and the guest went on to its end after."""
-        return [test for test in self._remaining() if test in self._second_chances]
 
     def _give_up(self, reason: str) -> None:
         self._supervisor.say(f"giving up: {reason}")

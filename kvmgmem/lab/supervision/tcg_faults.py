@@ -32,27 +32,7 @@ TORN_CODE = TcgFault(
     frozenset({Verdict.PANICKED, Verdict.SPLAT}),
 )
 
-# QEMU leaves a guest with a nested page fault, and a second time with the host's first fetch behind VMRUN, which it still
-# looks up in the nested page tables; no processor can do that. The VMCB, and with it KVM's registers of the vCPU, then hold
-# what the host had: in rip the address behind VMRUN, which is the kernel's and no selftest's. QEMU 7.2.22's log (-d in_asm)
-# has two "vmexit" for one "vmrun" in such a test, once in 600,000 exits.
-SECOND_EXIT = TcgFault(
-    "QEMU's TCG left the guest twice for one VMRUN, and the vCPU's registers are the host's",
-    re.compile(r"\brip=0xffffffff[89a-f][0-9a-f]{7}\b"),
-    frozenset({Verdict.FAILED}),
-)
-
-# What comes of it as often (three times in six): KVM injects a page fault into a guest that has the host's state, and whose
-# descriptors are as little to be read; the vCPU shuts down, and KVM resets it. A broken kernel can bring that about as well,
-# so that such a test is begun again once only.
-RESET_AFTER_SECOND_EXIT = TcgFault(
-    "QEMU's TCG leaves a guest twice for one VMRUN now and then, which ends in such a shutdown",
-    re.compile(r"ExitReason\.SHUTDOWN\b.*\brip=0xfff0\b"),
-    frozenset({Verdict.FAILED}),
-    chances=1,
-)
-
-FAULTS = (TORN_CODE, SECOND_EXIT, RESET_AFTER_SECOND_EXIT)
+FAULTS = (TORN_CODE,)
 
 
 def fault_behind(verdict: Verdict, reason: str, machine: Machine) -> TcgFault | None:

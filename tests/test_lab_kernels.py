@@ -128,6 +128,7 @@ def test_names_mean_what_they_say(cache_folder: Path) -> None:
     cached(cache_folder, "7.3.4-1~bpo13+1/debug", "7.3.4-kvmgmem-debug", flavour="debug", used=400)
     cached(cache_folder, "6.12.94-1/base", "6.12.94-kvmgmem-base", flavour="base", used=300)
     cached(cache_folder, "linux@0123abcd/base", "7.4.0-rc1-kvmgmem-base", flavour="base", used=200)
+    cached(cache_folder, "mine@4567cdef/base", "7.3.4-kvmgmem-base+", flavour="base", used=250)
     for spec, name in {
         "7.3": "7.3.4-1~bpo13+1/base",
         "7.3.4": "7.3.4-1~bpo13+1/base",
@@ -138,6 +139,8 @@ def test_names_mean_what_they_say(cache_folder: Path) -> None:
         "base": "6.12.94-1/base",
         "6.12": "6.12.94-1/base",
         "linux": "linux@0123abcd/base",
+        "mine": "mine@4567cdef/base",
+        "7.3.4-kvmgmem-base+": "mine@4567cdef/base",
         "linux/base": "linux@0123abcd/base",
         "7.4": "linux@0123abcd/base",
     }.items():

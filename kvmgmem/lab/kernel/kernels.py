@@ -139,7 +139,8 @@ def list_kernels() -> list[Kernel]:
 def resolve(spec: str | None) -> Kernel:
     """The kernel that somebody means: a path to an image, or a name such as `7.3`, `7.3.4`, `7.3/debug` or `debug`.
 
-    None means the kernel last built or asked for, one of the slow flavours only if there is no other. Raises HarnessError
+    A release is that of a package; a tree or tarball of that release is meant only where there is no package's kernel. None
+    means the kernel last built or asked for, one of the slow flavours only if there is no other. Raises HarnessError
     for a path that holds no kernel, and for a name that nothing in the cache answers to.
     """
     if spec is None:
@@ -151,7 +152,10 @@ def resolve(spec: str | None) -> Kernel:
         return kernel_from_path(path)
     kernels = list_kernels()
     if answering := [kernel for kernel in kernels if matches(kernel, spec)]:
-        return answering[0]
+        exact = [kernel for kernel in answering if spec in (kernel.name, kernel.release)]
+        # A tree may be of that release, too, and is somebody's work: it has a name of its own.
+        released = [kernel for kernel in answering if is_release(kernel.name, spec.partition("/")[0])]
+        return (exact or released or answering)[0]
     if spec.startswith(("/", "./", "../", "~")):
         raise HarnessError(f"no such kernel image: {spec}", "give the path of a bzImage or vmlinux")
     raise HarnessError(

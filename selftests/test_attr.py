@@ -298,7 +298,7 @@ def test_a_conversion_frees_and_moves_nothing(vm: Vm, gmem: GuestMemfd, cpu: Gue
 
 @contract("GM-ATTR-013")
 @private_memory
-@requires(config="TRANSPARENT_HUGEPAGE")
+@requires("huge-pages")
 @gmem_kinds("g0")
 def test_a_mixed_range_is_mapped_by_small_pages(vm: Vm, gmem: GuestMemfd, cpu: GuestCpu) -> None:
     """A 2 MiB range of mixed attributes is mapped by small pages; uniform again, it may be mapped by a large one again."""
@@ -329,7 +329,7 @@ def test_a_mixed_range_is_mapped_by_small_pages(vm: Vm, gmem: GuestMemfd, cpu: G
 
 @contract("GM-ATTR-014")
 @private_memory
-@requires(config="TRANSPARENT_HUGEPAGE")
+@requires("huge-pages")
 def test_a_new_slot_over_mixed_attributes_knows_them(vm: Vm, cpu: GuestCpu) -> None:
     """A slot made over a range of mixed attributes maps it by small pages at once, and a uniform one by a large page."""
     vm.set_private(GPA + 7 * PAGE_SIZE, PAGE_SIZE)
@@ -474,7 +474,7 @@ def test_clearing_is_cheap_only_where_nothing_is_set(vm: Vm) -> None:
 
 @contract("GM-ATTR-018", "C24")
 @private_memory
-@requires(config="TRANSPARENT_HUGEPAGE")
+@requires("huge-pages")
 def test_a_conversion_beside_a_running_guest_leaves_no_stale_page(
     vm: Vm, machine: GuestMachine, cpu: GuestCpu, request: pytest.FixtureRequest
 ) -> None:

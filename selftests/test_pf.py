@@ -567,7 +567,7 @@ def test_the_range_is_written_back_whatever_the_answer(reachable: Bound, vcpu: V
 
 
 @contract("GM-PF-019")
-@requires("prefault", config="TRANSPARENT_HUGEPAGE")
+@requires("prefault", "huge-pages")
 def test_prefault_steps_by_what_was_mapped(vm: Vm, vcpu: Vcpu) -> None:
     """Inside a huge page a prefault maps it as a whole and goes on to its end or to the end of the range, never further."""
     with Mapping.anonymous(2 * SIZE) as memory:

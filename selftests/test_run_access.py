@@ -237,7 +237,7 @@ def test_guests_execute_code_in_gmem(running: Running) -> None:
 @contract("GM-RUN-042")
 @vm_types("default")
 @gmem_kinds("gMS")
-@requires(config="TRANSPARENT_HUGEPAGE")
+@requires("huge-pages")
 def test_gmem_is_mapped_by_small_pages_only(running: Running) -> None:
     """Guest mappings of gmem are 4 KiB pages even where slot, file and guest address are aligned to 2 MiB."""
     assert read_stats(running.vm)["pages_2m"] == 0

@@ -92,7 +92,7 @@ def huge_page() -> Iterator[Mapping]:
 
 @contract("GM-RUN-047")
 @vm_types("default")
-@requires(config="TRANSPARENT_HUGEPAGE")
+@requires("huge-pages")
 def test_huge_mappings_are_split_while_dirty_pages_are_logged(vm: Vm, cpu: GuestCpu, huge_page: Mapping) -> None:
     """A huge guest mapping of a plain slot is split while dirty pages are logged, and comes back after, contents and all."""
     region = MemoryRegion(slot=1, gpa=GPA, size=SIZE, hva=huge_page.address)

@@ -291,6 +291,12 @@ _ALL = [
         "the filesystem of the temporary directory refuses O_DIRECT (TMPDIR may name a directory on another one)",
     ),
     Requirement(
+        "huge-pages",
+        # With less than 512 MiB of memory the kernel sets it to never by itself (hugepage_init, mm/huge_memory.c).
+        lambda _: "[never]" not in (_text("/sys/kernel/mm/transparent_hugepage/enabled") or "[never]"),
+        "this kernel gives no transparent huge pages (/sys/kernel/mm/transparent_hugepage/enabled is not there or never)",
+    ),
+    Requirement(
         "userfaultfd", lambda _: _has_symbol_of_userfaultfd(), "this kernel has no userfaultfd (CONFIG_USERFAULTFD)"
     ),
 ]

@@ -78,9 +78,11 @@ def test_a_shell_is_in_the_guest_that_tests_run_in(kernel: str) -> None:
     """It has the selftests, a /dev/kvm, and what their runner would be told: where it is, and how slow that is."""
     with command("vm", "--kernel", kernel, "--accel=tcg", "--shell") as process:
         assert "a shell in the guest; its end powers it off" in read_until(process, r"guest:/kvmgmem# ")
-        say(process, "env | grep KVMGMEM_; ls -d selftests/test_cre.py /dev/kvm; echo en''d")
+        say(process, "env | grep KVMGMEM_; ls -d selftests/test_cre.py /dev/kvm; grep Cpus_allowed_list /proc/self/status")
+        say(process, "echo en''d")
         told = read_until(process, r"\bend\b")
         for words in (
+            "Cpus_allowed_list:\t1-2\n",  # not the first one, which QEMU's TCG spoils
             "ACCELERATOR=tcg",
             "WHERE=guest",
             "TIME_SCALE=5",
